@@ -1,0 +1,1 @@
+"""Scripts that may import torch and timm; the library itself never does."""

@@ -1,0 +1,319 @@
+"""The DPN architectures and their published weights, as data (standard library only)."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+
+POOLS = ("avg", "max", "avgmax", "catavgmax", "")
+ACTIVATIONS = ("relu", "silu")
+
+DPN_MEAN = (124 / 255, 117 / 255, 104 / 255)
+DPN_STD = (1 / (0.0167 * 255),) * 3
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """The sizes of one stage (a row of the paper's Table 1), derived from a `DPNConfig`."""
+
+    depth: int
+    stride: int
+    in_channels: int
+    bottleneck: int
+    residual: int
+    increment: int
+    groups: int
+
+    def block_in_channels(self, block: int) -> int:
+        """Channels, residual and dense together, that block number `block` (from 0) reads."""
+        if block == 0:
+            return self.in_channels
+        return self.residual + (2 + block) * self.increment
+
+    @property
+    def out_channels(self) -> int:
+        """Channels, residual and dense together, that the stage hands on."""
+        return self.block_in_channels(self.depth)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPNConfig:
+    """A Dual Path Network's architecture; hashable, and enough to rebuild the model.
+
+    Args:
+      depths: blocks in each stage; there are as many stages as entries.
+      dense_increments: channels that each block of a stage appends to the dense path (the paper's `k` in `+k`).
+      bottleneck_width: channels of the first stage's 3x3 convolutions (`k_r` in timm); doubles each stage.
+      groups: groups of the 3x3 convolutions (the paper's `G`).
+      residual_width: channels of the first stage's residual path; doubles each stage.
+      stem_features: channels of the stem.
+      stem_kernel: size of the stem's kernel, odd.
+      split_expand: a block ends with one norm and two separate 1x1 convolutions (timm's `b`), not with one that is split.
+      outer_activation: 'relu' or 'silu', of the stem and the final norm; inside the blocks it is always ReLU.
+      num_classes: width of the classifier; 0 leaves it out.
+      in_channels: channels of the images.
+      global_pool: 'avg', 'max', 'avgmax' (their mean), 'catavgmax' (both, concatenated) or '' (none: a map of logits).
+      drop_rate: dropout before the classifier, in [0, 1).
+      test_time_pool: 0, or the window of timm's test-time pooling (7 for 224-pixel training): average over the window at
+        stride 1, classify every place, then the mean of the average and the maximum. The paper's mean-max pooling.
+
+    Raises:
+      ValueError: a field is out of its range; the message names it and the value.
+
+    Source: paper Table 1; `timm.models.dpn.DPN.__init__`.
+    """
+
+    depths: tuple[int, ...] = (3, 4, 20, 3)
+    dense_increments: tuple[int, ...] = (16, 32, 24, 128)
+    bottleneck_width: int = 96
+    groups: int = 32
+    residual_width: int = 256
+    stem_features: int = 64
+    stem_kernel: int = 7
+    split_expand: bool = False
+    outer_activation: str = "relu"
+    num_classes: int = 1000
+    in_channels: int = 3
+    global_pool: str = "avg"
+    drop_rate: float = 0.0
+    test_time_pool: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("depths", "dense_increments"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value))
+            if not value or not all(_is_int(item) and item > 0 for item in value):
+                raise ValueError(f"{name} must be positive integers, one a stage, got {value!r}")
+        if len(self.depths) != len(self.dense_increments):
+            raise ValueError(
+                f"depths and dense_increments must be equally long, got {self.depths!r} and {self.dense_increments!r}"
+            )
+        for name in ("bottleneck_width", "groups", "residual_width", "stem_features", "in_channels"):
+            value = getattr(self, name)
+            if not _is_int(value) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.bottleneck_width % self.groups:
+            raise ValueError(
+                f"bottleneck_width must be a multiple of groups, got {self.bottleneck_width} and {self.groups}"
+            )
+        if not _is_int(self.stem_kernel) or self.stem_kernel < 1 or self.stem_kernel % 2 == 0:
+            raise ValueError(f"stem_kernel must be an odd positive integer, got {self.stem_kernel!r}")
+        for name in ("num_classes", "test_time_pool"):
+            value = getattr(self, name)
+            if not _is_int(value) or value < 0:
+                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+        if self.outer_activation not in ACTIVATIONS:
+            raise ValueError(f"outer_activation must be one of {ACTIVATIONS}, got {self.outer_activation!r}")
+        if self.global_pool not in POOLS:
+            raise ValueError(f"global_pool must be one of {POOLS}, got {self.global_pool!r}")
+        if not 0 <= self.drop_rate < 1:
+            raise ValueError(f"drop_rate must be in [0, 1), got {self.drop_rate!r}")
+        if self.test_time_pool and self.global_pool == "catavgmax":
+            raise ValueError("test_time_pool classifies single places and cannot feed a 'catavgmax' classifier")
+
+    @property
+    def stages(self) -> tuple[StageConfig, ...]:
+        """The sizes of each stage."""
+        stages: list[StageConfig] = []
+        for i, (depth, increment) in enumerate(zip(self.depths, self.dense_increments, strict=True)):
+            stage = StageConfig(
+                depth=depth,
+                stride=1 if i == 0 else 2,
+                in_channels=stages[-1].out_channels if stages else self.stem_features,
+                bottleneck=self.bottleneck_width * 2**i,
+                residual=self.residual_width * 2**i,
+                increment=increment,
+                groups=self.groups,
+            )
+            stages.append(stage)
+        return tuple(stages)
+
+    @property
+    def num_features(self) -> int:
+        """Channels of `forward_features`."""
+        return self.stages[-1].out_channels
+
+    @property
+    def head_features(self) -> int:
+        """Channels that the classifier reads: `num_features`, doubled by 'catavgmax'."""
+        return self.num_features * (2 if self.global_pool == "catavgmax" else 1)
+
+    def replace(self, **changes: object) -> "DPNConfig":
+        """A copy with some fields changed, checked like a new one."""
+        return dataclasses.replace(self, **changes)
+
+    def multiply_adds(self, height: int = 224, width: int = 224) -> int:
+        """Multiply-adds of every convolution for one image (what the field reports as MACs).
+
+        Args:
+          height, width: the image's size, pixels.
+        """
+
+        def halve(size: tuple[int, int]) -> tuple[int, int]:  # every stride-2 layer here pads k // 2
+            return (size[0] + 1) // 2, (size[1] + 1) // 2
+
+        size = halve((height, width))
+        total = size[0] * size[1] * self.stem_kernel**2 * self.in_channels * self.stem_features
+        size = halve(size)
+        for stage in self.stages:
+            for block in range(stage.depth):
+                read = stage.block_in_channels(block)
+                pixels = size[0] * size[1]
+                total += pixels * read * stage.bottleneck
+                if block == 0:
+                    size = halve(size) if stage.stride == 2 else size
+                    pixels = size[0] * size[1]
+                    total += pixels * read * (stage.residual + 2 * stage.increment)
+                total += pixels * 9 * stage.bottleneck**2 // stage.groups
+                total += pixels * stage.bottleneck * (stage.residual + stage.increment)
+        pixels = 1 if self.global_pool else size[0] * size[1]
+        return total + pixels * self.head_features * self.num_classes
+
+
+_SMALL = DPNConfig(
+    depths=(3, 4, 12, 3),
+    dense_increments=(16, 32, 32, 64),
+    bottleneck_width=128,
+    residual_width=64,
+    stem_features=10,
+    stem_kernel=3,
+)
+
+VARIANTS: dict[str, DPNConfig] = {
+    "dpn48b": _SMALL.replace(depths=(3, 4, 6, 3), split_expand=True, outer_activation="silu"),
+    "dpn68": _SMALL,
+    "dpn68b": _SMALL.replace(split_expand=True),
+    "dpn92": DPNConfig(),
+    "dpn98": DPNConfig(
+        depths=(3, 6, 20, 3), dense_increments=(16, 32, 32, 128), bottleneck_width=160, groups=40, stem_features=96
+    ),
+    "dpn131": DPNConfig(
+        depths=(4, 8, 28, 3), dense_increments=(16, 32, 32, 128), bottleneck_width=160, groups=40, stem_features=128
+    ),
+    "dpn107": DPNConfig(
+        depths=(4, 8, 20, 3), dense_increments=(20, 64, 64, 128), bottleneck_width=200, groups=50, stem_features=128
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How images are prepared for a set of weights (timm's `pretrained_cfg`).
+
+    Args:
+      image_size: side of the square that the network sees, pixels.
+      crop_fraction: the image's shorter side is resized to `floor(image_size / crop_fraction)` before the centre crop.
+      interpolation: 'bicubic', 'bilinear', 'lanczos' or 'nearest'.
+      mean, std: per-channel normalisation of values in [0, 1].
+    """
+
+    image_size: int = 224
+    crop_fraction: float = 0.875
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        if not _is_int(self.image_size) or self.image_size < 32:
+            raise ValueError(f"image_size must be an integer of at least 32 pixels, got {self.image_size!r}")
+        if not 0 < self.crop_fraction <= 1:
+            raise ValueError(f"crop_fraction must be in (0, 1], got {self.crop_fraction!r}")
+        if self.interpolation not in ("bicubic", "bilinear", "lanczos", "nearest"):
+            raise ValueError(f"interpolation must be bicubic, bilinear, lanczos or nearest, got {self.interpolation!r}")
+        if len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
+            raise ValueError(f"mean and std must be equally long and std positive, got {self.mean!r} and {self.std!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainedTag:
+    """A variant with published weights.
+
+    Args:
+      variant: the architecture's name in `VARIANTS`.
+      preprocessing: how timm evaluates these weights.
+      test_preprocessing: how timm evaluates them with `use_test_size`, where that differs.
+      top1, top5: published ImageNet-1k accuracy with `preprocessing`, percent (timm `results/results-imagenet.csv`).
+    """
+
+    variant: str
+    preprocessing: Preprocessing
+    test_preprocessing: Preprocessing | None = None
+    top1: float
+    top5: float
+
+    @property
+    def config(self) -> DPNConfig:
+        """The architecture of the published weights."""
+        return VARIANTS[self.variant]
+
+
+_MX = Preprocessing(mean=DPN_MEAN, std=DPN_STD)
+_RA = Preprocessing(crop_fraction=0.95)
+
+PRETRAINED: dict[str, PretrainedTag] = {
+    "dpn68.mx_in1k": PretrainedTag(variant="dpn68", preprocessing=_MX, top1=76.304, top5=92.994),
+    "dpn68b.mx_in1k": PretrainedTag(variant="dpn68b", preprocessing=_MX, top1=77.494, top5=93.834),
+    "dpn68b.ra_in1k": PretrainedTag(
+        variant="dpn68b",
+        preprocessing=_RA,
+        test_preprocessing=dataclasses.replace(_RA, image_size=288, crop_fraction=1.0),
+        top1=78.546,
+        top5=93.982,
+    ),
+    "dpn92.mx_in1k": PretrainedTag(variant="dpn92", preprocessing=_MX, top1=80.032, top5=94.876),
+    "dpn98.mx_in1k": PretrainedTag(variant="dpn98", preprocessing=_MX, top1=79.664, top5=94.644),
+    "dpn131.mx_in1k": PretrainedTag(variant="dpn131", preprocessing=_MX, top1=79.836, top5=94.708),
+    "dpn107.mx_in1k": PretrainedTag(variant="dpn107", preprocessing=_MX, top1=80.166, top5=94.932),
+}
+
+
+def list_models() -> list[str]:
+    """Names of the architectures that `create_model` knows.
+
+    Example:
+      >>> list_models()
+      ['dpn48b', 'dpn68', 'dpn68b', 'dpn92', 'dpn98', 'dpn131', 'dpn107']
+    """
+    return list(VARIANTS)
+
+
+def list_pretrained() -> list[str]:
+    """Tags of the published weights that `from_pretrained` knows.
+
+    Example:
+      >>> list_pretrained()[3]
+      'dpn92.mx_in1k'
+    """
+    return list(PRETRAINED)
+
+
+def get_config(name: str) -> DPNConfig:
+    """The configuration of a variant or pretrained tag.
+
+    Raises:
+      ValueError: the name is not known; the message suggests the nearest ones.
+
+    Example:
+      >>> get_config("dpn92").num_features
+      2688
+    """
+    if name in PRETRAINED:
+        return PRETRAINED[name].config
+    if name not in VARIANTS:
+        raise ValueError(unknown_name_message(name, [*VARIANTS, *PRETRAINED]))
+    return VARIANTS[name]
+
+
+def unknown_name_message(name: object, known: Iterable[str]) -> str:
+    """One line that says a model's name is not known and which names are near it."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+    return f"unknown model {name!r}; {hint}"

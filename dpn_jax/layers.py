@@ -1,0 +1,265 @@
+"""The building blocks: convolution, norm with activation, and pooling. Everything is `[B, H, W, C]`.
+
+A *part* is one of several tensors that together are one feature map, split along the channels. Norms and convolutions take
+a map whole or in parts, so that the residual and the dense path of a block are never concatenated just to be read.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+Features = TypeVar("Features", bound=jax.Array | tuple[jax.Array, ...])
+"""A feature map `[B, H, W, C]`, or a tuple of parts whose channels add up to C."""
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": nnx.relu, "silu": nnx.silu}
+
+# torch's default for convolutions, kaiming_uniform_(a=sqrt(5)): uniform in +-1/sqrt(fan_in)
+torch_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class Conv(nnx.Module):
+    """A 2-D convolution that pads `kernel_size // 2` on every side.
+
+    Not `"SAME"`: at stride 2 and an even size that pads one pixel less, and only on the far side, so that every output
+    sits half a stride away from where the weights were trained.
+
+    Args:
+      in_channels, out_channels: channels read and written.
+      kernel_size: side of the square kernel, odd.
+      stride: step in both directions.
+      groups: groups of channels that do not mix.
+      use_bias: adds a bias.
+      dtype: dtype of the arithmetic and the result.
+      param_dtype: dtype of the parameters.
+      rngs: source of the initial values, `U(-1/sqrt(fan_in), 1/sqrt(fan_in))` for kernel and bias as in torch.
+
+    Source: `torch.nn.Conv2d.reset_parameters`, `timm.layers.padding.get_padding`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_size: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        use_bias: bool = False,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        shape = (kernel_size, kernel_size, in_channels // groups, out_channels)
+        self.kernel = nnx.Param(torch_uniform(rngs.params(), shape, param_dtype))
+        limit = (kernel_size**2 * in_channels // groups) ** -0.5
+        self.bias = (
+            nnx.Param(jax.random.uniform(rngs.params(), (out_channels,), param_dtype, -limit, limit))
+            if use_bias
+            else None
+        )
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.groups = groups
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, x: Features) -> jax.Array:
+        """Maps `[B, H, W, in_channels]`, whole or in parts, to `[B, H', W', out_channels]`."""
+        kernel = self.kernel[...].astype(self.dtype)
+        # over parts, the convolution is the sum of one convolution a part, each on its slice of the kernel
+        (first, kernel_of_first), *rest = zip(
+            jax.tree.leaves(x), split_channels(kernel, x, axis=2 if self.groups == 1 else None), strict=True
+        )
+        y = self._convolve(first, kernel_of_first)
+        for part, kernel_of_part in rest:
+            y += self._convolve(part, kernel_of_part)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+    def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        pad = self.kernel_size // 2
+        return lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel,
+            window_strides=(self.stride, self.stride),
+            padding=((pad, pad), (pad, pad)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.groups,
+        )
+
+
+class NormAct(nnx.Module):
+    """Batch norm, then an activation, with torch's conventions.
+
+    In training it normalises with the batch's biased variance and moves the running variance towards the unbiased one, as
+    torch does (Flax's BatchNorm moves it towards the biased one). The variance takes two passes: `E[x^2] - E[x]^2` can
+    come out negative. Statistics are computed in float32 at least.
+
+    Args:
+      channels: channels normalised.
+      activation: 'relu' or 'silu'.
+      epsilon: added to the variance; every DPN uses 1e-3.
+      momentum: share of the old running statistics kept at a training step; torch's momentum 0.1 is 0.9 here.
+      dtype: dtype of the result.
+      param_dtype: dtype of the scale, the bias and the running statistics.
+
+    Source: `timm.layers.norm_act.BatchNormAct2d`, `torch.nn.BatchNorm2d`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        activation: str = "relu",
+        epsilon: float = 1e-3,
+        momentum: float = 0.9,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+    ) -> None:
+        self.scale = nnx.Param(jnp.ones(channels, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(channels, param_dtype))
+        self.mean = nnx.BatchStat(jnp.zeros(channels, param_dtype))
+        self.var = nnx.BatchStat(jnp.ones(channels, param_dtype))
+        self.steps = nnx.BatchStat(jnp.zeros((), jnp.int32))  # torch's num_batches_tracked; kept for the way back
+        self.activation = activation
+        self.epsilon = epsilon
+        self.momentum = momentum
+        self.dtype = jnp.dtype(dtype)
+        self.use_running_average = False  # switched by model.train() and model.eval()
+
+    def __call__(self, x: Features) -> Features:
+        """Normalises and activates `x`, whole or in parts.
+
+        Raises:
+          ValueError: training on a single value per channel, whose variance is not defined.
+        """
+        parts, structure = jax.tree.flatten(x)
+        mean, var = self.running_statistics() if self.use_running_average else self._batch_statistics(parts)
+        gain = self.scale[...].astype(mean.dtype) * lax.rsqrt(var + self.epsilon)
+        # scaling the centred values, not shifting the scaled ones, keeps the digits where mean >> standard deviation
+        outputs = [
+            (part.astype(mean.dtype) - mean_part) * gain_part + bias_part
+            for part, mean_part, gain_part, bias_part in zip(
+                parts,
+                split_channels(mean, x),
+                split_channels(gain, x),
+                split_channels(self.bias[...].astype(mean.dtype), x),
+                strict=True,
+            )
+        ]
+        activate = ACTIVATIONS[self.activation]
+        return jax.tree.unflatten(structure, [activate(y).astype(self.dtype) for y in outputs])
+
+    def running_statistics(self) -> tuple[jax.Array, jax.Array]:
+        """The running mean and variance, `[C]` each, in float32 at least."""
+        dtype = jnp.promote_types(self.mean.dtype, jnp.float32)
+        return self.mean[...].astype(dtype), self.var[...].astype(dtype)
+
+    def _batch_statistics(self, parts: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        count = parts[0].size // parts[0].shape[-1]
+        if count < 2:
+            raise ValueError(f"training needs more than one value per channel, got features of {parts[0].shape}")
+        means, variances = [], []
+        for part in parts:
+            part = part.astype(jnp.promote_types(part.dtype, jnp.float32))
+            means.append(part.mean(axis=(0, 1, 2)))
+            variances.append(jnp.square(part - means[-1]).mean(axis=(0, 1, 2)))
+        mean, var = jnp.concatenate(means), jnp.concatenate(variances)
+        self._move_running(self.mean, mean)
+        self._move_running(self.var, var * (count / (count - 1)))
+        self.steps[...] += 1
+        return mean, var
+
+    def _move_running(self, running: nnx.BatchStat, value: jax.Array) -> None:
+        value = lax.stop_gradient(value).astype(running.dtype)
+        running[...] = self.momentum * running[...] + (1 - self.momentum) * value
+
+
+class NormActConv(nnx.Module):
+    """Norm, activation, convolution: DPN's pre-activation unit (`BnActConv2d` in timm). Arguments as `NormAct` and `Conv`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_size: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.norm = NormAct(in_channels, dtype=dtype, param_dtype=param_dtype)
+        self.conv = Conv(
+            in_channels,
+            out_channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            groups=groups,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: Features) -> jax.Array:
+        """Maps `[B, H, W, in_channels]`, whole or in parts, to `[B, H', W', out_channels]`."""
+        return self.conv(self.norm(x))
+
+
+def split_channels(array: jax.Array, like: Features, axis: int | None = -1) -> list[jax.Array]:
+    """Slices `array` along `axis` as the parts of `like` slice the channels; `None` leaves it whole."""
+    parts = jax.tree.leaves(like)
+    if axis is None or len(parts) == 1:
+        return [array]
+    ends, end = [], 0
+    for part in parts[:-1]:
+        end += part.shape[-1]
+        ends.append(end)
+    return jnp.split(array, ends, axis=axis)
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """The stem's 3x3 maximum at stride 2; pads with -inf, so that a border of negative values stays negative."""
+    return lax.reduce_window(
+        x, jnp.array(-jnp.inf, x.dtype), lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
+    )
+
+
+def global_pool(x: jax.Array, pool: str) -> jax.Array:
+    """Pools `[B, H, W, C]` over the image.
+
+    Args:
+      x: the features.
+      pool: 'avg', 'max', 'avgmax' (their mean), 'catavgmax' (both, concatenated along the channels) or '' (as it is).
+
+    Returns:
+      `[B, 1, 1, C]`, `[B, 1, 1, 2 C]` for 'catavgmax', or `x` itself for ''.
+
+    Source: `timm.layers.adaptive_avgmax_pool.SelectAdaptivePool2d`.
+    """
+    if not pool:
+        return x
+    average = x.mean(axis=(1, 2), keepdims=True)
+    if pool == "avg":
+        return average
+    maximum = x.max(axis=(1, 2), keepdims=True)
+    if pool == "max":
+        return maximum
+    if pool == "avgmax":
+        return 0.5 * (average + maximum)
+    return jnp.concatenate([average, maximum], axis=-1)
+
+
+def window_average(x: jax.Array, window: int) -> jax.Array:
+    """Averages `[B, H, W, C]` over every full `window` x `window` square, at stride 1 and without padding.
+
+    Raises:
+      ValueError: the window does not fit into the image.
+    """
+    if min(x.shape[1:3]) < window:
+        raise ValueError(f"test_time_pool is {window} but the features are only {x.shape[1]}x{x.shape[2]}")
+    total = lax.reduce_window(x, jnp.zeros((), x.dtype), lax.add, (1, window, window, 1), (1, 1, 1, 1), ((0, 0),) * 4)
+    return total / window**2

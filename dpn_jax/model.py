@@ -1,0 +1,375 @@
+"""Dual Path Networks (Chen et al., NIPS 2017, arXiv 1707.01629), to be read beside the paper's Figure 2.
+
+Every block carries two tensors. It reads both, *adds* to the residual path and *appends* to the dense path:
+features are re-used as in a ResNet and explored as in a DenseNet.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dpn_jax.config import DPNConfig, Preprocessing, StageConfig, get_config
+from dpn_jax.layers import Conv, NormAct, NormActConv, global_pool, max_pool, window_average
+
+
+class DualPath(NamedTuple):
+    """What flows between the blocks of a stage."""
+
+    residual: jax.Array
+    """`[B, H, W, R]`: blocks add to it."""
+    dense: jax.Array
+    """`[B, H, W, D]`: blocks append to it."""
+
+
+class Provenance(NamedTuple):
+    """Where a model's weights come from; kept when it is saved. Every field may be unknown (None)."""
+
+    source: str | None = None
+    """A tag, hub id or file name."""
+    sha256: str | None = None
+    """SHA-256 of the file that the weights were read from, in hexadecimal."""
+    preprocessing: Preprocessing | None = None
+    """How images must be prepared."""
+    class_names: tuple[str, ...] | None = None
+    """What the logits mean, where that is not ImageNet-1k."""
+
+
+class Stem(nnx.Module):
+    """A strided convolution, norm and activation: `[B, H, W, in_channels]` -> `[B, H/2, W/2, stem_features]`."""
+
+    def __init__(self, config: DPNConfig, *, rngs: nnx.Rngs, **dtypes: jax.typing.DTypeLike) -> None:
+        self.conv = Conv(
+            config.in_channels, config.stem_features, kernel_size=config.stem_kernel, stride=2, rngs=rngs, **dtypes
+        )
+        self.norm = NormAct(config.stem_features, activation=config.outer_activation, **dtypes)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        return self.norm(self.conv(images))
+
+
+class Expand(nnx.Module):
+    """A block's last unit: what it adds to the residual path and what it appends to the dense path.
+
+    One 1x1 convolution whose result is split or, in the `b` variants, two of them behind one norm.
+    """
+
+    def __init__(self, stage: StageConfig, *, split: bool, rngs: nnx.Rngs, **dtypes: jax.typing.DTypeLike) -> None:
+        self.norm = NormAct(stage.bottleneck, **dtypes)
+        if split:
+            self.residual = Conv(stage.bottleneck, stage.residual, rngs=rngs, **dtypes)
+            self.dense = Conv(stage.bottleneck, stage.increment, rngs=rngs, **dtypes)
+        else:
+            self.conv = Conv(stage.bottleneck, stage.residual + stage.increment, rngs=rngs, **dtypes)
+        self.split = split
+        self.residual_channels = stage.residual
+
+    def __call__(self, x: jax.Array) -> DualPath:
+        x = self.norm(x)
+        if self.split:
+            return DualPath(self.residual(x), self.dense(x))
+        return split_paths(self.conv(x), self.residual_channels)
+
+
+class DualPathBlock(nnx.Module):
+    """One micro-block of the paper's Figure 2 (d): 1x1 reduce, grouped 3x3, 1x1 expand.
+
+    The first block of a stage projects what it reads with `shortcut` to start both paths afresh.
+
+    Args:
+      stage: the stage's sizes.
+      index: number of the block in its stage, from 0.
+      split_expand: see `DPNConfig`.
+      rngs: source of the initial values.
+      dtypes: `dtype` and `param_dtype`, see `DPN`.
+
+    Source: paper Section 3.3; `timm.models.dpn.DualPathBlock`.
+    """
+
+    def __init__(
+        self,
+        stage: StageConfig,
+        index: int,
+        *,
+        split_expand: bool,
+        rngs: nnx.Rngs,
+        **dtypes: jax.typing.DTypeLike,
+    ) -> None:
+        channels = stage.block_in_channels(index)
+        stride = stage.stride if index == 0 else 1
+        self.shortcut = (
+            NormActConv(channels, stage.residual + 2 * stage.increment, stride=stride, rngs=rngs, **dtypes)
+            if index == 0
+            else None
+        )
+        self.reduce = NormActConv(channels, stage.bottleneck, rngs=rngs, **dtypes)
+        self.grouped = NormActConv(
+            stage.bottleneck,
+            stage.bottleneck,
+            kernel_size=3,
+            stride=stride,
+            groups=stage.groups,
+            rngs=rngs,
+            **dtypes,
+        )
+        self.expand = Expand(stage, split=split_expand, rngs=rngs, **dtypes)
+        self.residual_channels = stage.residual
+
+    def __call__(self, x: DualPath | jax.Array) -> DualPath:
+        """Maps both paths (or the stem's output) to both paths, `[B, H', W', C]` each."""
+        residual, dense = x if self.shortcut is None else split_paths(self.shortcut(x), self.residual_channels)
+        added, appended = self.expand(self.grouped(self.reduce(x)))
+        return DualPath(residual + added, jnp.concatenate([dense, appended], axis=-1))
+
+
+class DPN(nnx.Module):
+    """A Dual Path Network: images `[B, H, W, in_channels]` -> logits `[B, num_classes]`.
+
+    Made in training mode, like every NNX module: `model.eval()` switches to the running statistics and turns dropout off.
+
+    Args:
+      config: the architecture.
+      dtype: dtype of the arithmetic and of the results.
+      param_dtype: dtype of the parameters and the running statistics.
+      remat: recompute each block's inside in the backward pass instead of keeping it: less memory, about a third more time.
+      rngs: streams `params` (initial values) and, where `drop_rate` is not 0, `dropout`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> config = DPNConfig(depths=(1, 1), dense_increments=(4, 4), bottleneck_width=8, groups=4, residual_width=8)
+      >>> DPN(config.replace(num_classes=5), rngs=nnx.Rngs(0))(jnp.zeros((2, 32, 32, 3))).shape
+      (2, 5)
+
+    Source: paper Table 1; `timm.models.dpn.DPN`.
+    """
+
+    def __init__(
+        self,
+        config: DPNConfig,
+        *,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ) -> None:
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+        self.stem = Stem(config, rngs=rngs, **dtypes)
+        self.stages = nnx.List(
+            nnx.List(
+                DualPathBlock(stage, index, split_expand=config.split_expand, rngs=rngs, **dtypes)
+                for index in range(stage.depth)
+            )
+            for stage in config.stages
+        )
+        self.norm = NormAct(config.num_features, activation=config.outer_activation, **dtypes)
+        self.dropout = nnx.Dropout(config.drop_rate, rngs=rngs if config.drop_rate else None)
+        self.classifier = nnx.data(_classifier(config, rngs=rngs, **dtypes))
+        self.config = config
+        self.provenance = Provenance()
+        self.dtype = jnp.dtype(dtype)
+        self.param_dtype = jnp.dtype(param_dtype)
+        self.remat = remat
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Classifies images.
+
+        Args:
+          images: `[B, H, W, in_channels]`, normalised floats, at least 32 pixels a side to leave one feature each.
+
+        Returns:
+          Logits `[B, num_classes]`; with `global_pool=""` `[B, H/32, W/32, num_classes]`; with `num_classes=0` the pooled
+          features.
+
+        Raises:
+          ValueError: the shape or the dtype of the images does not fit.
+        """
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: jax.Array) -> jax.Array:
+        """The features after the last norm and activation.
+
+        Args:
+          images: as for `__call__`.
+
+        Returns:
+          `[B, H/32, W/32, num_features]`, sizes rounded up.
+        """
+        x = max_pool(self.stem(self._checked(images)))
+        for stage in self.stages:
+            x = self._run(stage, x)
+        return join_paths(self.norm(x))
+
+    def forward_head(self, features: jax.Array, *, pre_logits: bool = False) -> jax.Array:
+        """Pools and classifies features.
+
+        Args:
+          features: `[B, H, W, num_features]` from `forward_features`.
+          pre_logits: stop after pooling (and dropout).
+
+        Returns:
+          `[B, num_classes]`, or `[B, head_features]` for `pre_logits` or where there is no classifier; with
+          `global_pool=""` the two middle axes stay.
+
+        Raises:
+          ValueError: the features are smaller than `test_time_pool`.
+        """
+        if self.config.test_time_pool:
+            return self._test_time_head(features, pre_logits=pre_logits)
+        x = self.dropout(global_pool(features, self.config.global_pool))
+        if self.classifier is not None and not pre_logits:
+            x = self.classifier(x)
+        return x[:, 0, 0] if self.config.global_pool else x
+
+    def forward_intermediates(
+        self,
+        images: jax.Array,
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        stop_early: bool = False,
+        intermediates_only: bool = False,
+    ) -> list[jax.Array] | tuple[jax.Array, list[jax.Array]]:
+        """The features along the way, as for a detector or a segmentation network.
+
+        Args:
+          images: as for `__call__`.
+          indices: which ones; 0 is the stem (before its max-pool, stride 2) and 1, 2, ... the stages (strides 4, 8, ...).
+            Negative ones count from the end, an integer n takes the last n, None takes all. They come in the network's order.
+          norm: apply the final norm and activation to the last stage's features.
+          stop_early: compute nothing after the last one wanted.
+          intermediates_only: return only the list.
+
+        Returns:
+          `(features, intermediates)`: features as from `forward_features` (where `stop_early` stopped before the last stage,
+          the last intermediate computed) and a list of `[B, h, w, c]`; or the list alone.
+
+        Raises:
+          ValueError: an index is out of range.
+
+        Source: `timm.models.dpn.DPN.forward_intermediates`.
+        """
+        wanted = _take_indices(indices, len(self.stages) + 1)
+        stages = self.stages[: max(wanted)] if stop_early else self.stages
+        taken: list[jax.Array] = []
+
+        x = self.stem(self._checked(images))
+        if 0 in wanted:
+            taken.append(x)
+        if stages:
+            x = max_pool(x)
+        for number, stage in enumerate(stages, start=1):
+            x = self._run(stage, x)
+            raw = x
+            if number == len(self.stages):
+                x = self.norm(x)
+            if number in wanted:
+                taken.append(join_paths(x if norm else raw))
+        return taken if intermediates_only else (join_paths(x), taken)
+
+    def reset_classifier(
+        self, num_classes: int, global_pool: str | None = None, *, rngs: nnx.Rngs | None = None
+    ) -> None:
+        """Replaces the classifier by a fresh one.
+
+        Args:
+          num_classes: its width; 0 removes it.
+          global_pool: another pool, or None for the same.
+          rngs: stream `params` for the initial values; needed unless `num_classes` is 0.
+
+        Raises:
+          ValueError: a bad number or pool, or no `rngs`.
+        """
+        if num_classes and rngs is None:
+            raise ValueError("reset_classifier needs rngs=nnx.Rngs(seed) for the new classifier's initial values")
+        pool = self.config.global_pool if global_pool is None else global_pool
+        self.config = self.config.replace(num_classes=num_classes, global_pool=pool)
+        self.provenance = self.provenance._replace(class_names=None)
+        self.classifier = nnx.data(_classifier(self.config, dtype=self.dtype, param_dtype=self.param_dtype, rngs=rngs))
+
+    def _run(self, stage: nnx.List[DualPathBlock], x: DualPath | jax.Array) -> DualPath:
+        for block in stage:
+            x = _call_remat(block, x) if self.remat else block(x)
+        return x
+
+    def _test_time_head(self, features: jax.Array, *, pre_logits: bool) -> jax.Array:
+        """timm's `TestTimePoolHead`: overlapping windows the size of the training features, each classified."""
+        x = window_average(features, self.config.test_time_pool)
+        if self.classifier is not None and not pre_logits:
+            x = self.classifier(x)
+        return global_pool(x, "avgmax")[:, 0, 0]
+
+    def _checked(self, images: jax.Array) -> jax.Array:
+        if images.ndim != 4 or images.shape[-1] != self.config.in_channels or 0 in images.shape:
+            raise ValueError(f"images must be [B, H, W, {self.config.in_channels}], got {list(images.shape)}")
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"images must be normalised floats (see dpn_jax.preprocessing), got {images.dtype}")
+        return images.astype(self.dtype)
+
+
+def create_model(
+    name: str | DPNConfig,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    param_dtype: jax.typing.DTypeLike = jnp.float32,
+    remat: bool = False,
+    rngs: nnx.Rngs | None = None,
+    **changes: object,
+) -> DPN:
+    """A freshly initialised DPN, in training mode.
+
+    Args:
+      name: a variant ('dpn92'), a pretrained tag (its architecture only; weights come from `from_pretrained`) or a config.
+      dtype, param_dtype, remat: see `DPN`.
+      rngs: see `DPN`; `nnx.Rngs(0)` when left out.
+      changes: any field of `DPNConfig`, such as `num_classes`, `in_channels`, `global_pool` or `drop_rate`.
+
+    Raises:
+      ValueError: an unknown name or a field out of its range.
+      TypeError: a keyword that is no field of `DPNConfig`.
+
+    Example:
+      >>> model = create_model("dpn68", num_classes=10, depths=(1, 1, 1, 1))
+      >>> model.config.num_features
+      704
+    """
+    config = name if isinstance(name, DPNConfig) else get_config(name)
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    return DPN(config.replace(**changes), dtype=dtype, param_dtype=param_dtype, remat=remat, rngs=rngs)
+
+
+def split_paths(x: jax.Array, residual_channels: int) -> DualPath:
+    """Takes a concatenated map apart: the first channels are the residual path's."""
+    return DualPath(x[..., :residual_channels], x[..., residual_channels:])
+
+
+def join_paths(x: DualPath | jax.Array) -> jax.Array:
+    """Both paths as one map `[B, H, W, R + D]`, residual first, as timm carries them."""
+    return jnp.concatenate(x, axis=-1) if isinstance(x, DualPath) else x
+
+
+@nnx.remat
+def _call_remat(block: DualPathBlock, x: DualPath | jax.Array) -> DualPath:
+    return block(x)
+
+
+def _classifier(config: DPNConfig, *, rngs: nnx.Rngs | None, **dtypes: jax.typing.DTypeLike) -> Conv | None:
+    if not config.num_classes:
+        return None
+    # a 1x1 convolution, so that it can also classify every place of a map (global_pool="", test_time_pool)
+    return Conv(config.head_features, config.num_classes, use_bias=True, rngs=rngs, **dtypes)
+
+
+def _take_indices(indices: int | Sequence[int] | None, count: int) -> set[int]:
+    """`timm.models._features.feature_take_indices`, as a set."""
+    if indices is None:
+        indices = count
+    if isinstance(indices, int):
+        if not 0 < indices <= count:
+            raise ValueError(f"indices, as the last n, must be 1 to {count}, got {indices}")
+        return set(range(count - indices, count))
+    if not indices or not all(-count <= index < count for index in indices):
+        raise ValueError(f"indices must be in {-count} to {count - 1}, at least one, got {list(indices)}")
+    return {index % count for index in indices}
