@@ -1,10 +1,14 @@
 """Dual Path Networks in JAX and Flax NNX, from the weights that timm publishes."""
 
+from dpn_jax.checkpoint import from_pretrained as from_pretrained
+from dpn_jax.checkpoint import load as load
+from dpn_jax.checkpoint import save as save
 from dpn_jax.config import DPNConfig as DPNConfig
 from dpn_jax.config import Preprocessing as Preprocessing
 from dpn_jax.config import list_models as list_models
 from dpn_jax.config import list_pretrained as list_pretrained
 from dpn_jax.model import DPN as DPN
 from dpn_jax.model import create_model as create_model
+from dpn_jax.weights import CheckpointError as CheckpointError
 
 __version__ = "0.1.0"

@@ -294,6 +294,34 @@ def list_pretrained() -> list[str]:
     return list(PRETRAINED)
 
 
+def variant_of(config: DPNConfig) -> str | None:
+    """The variant whose body an architecture has, whatever its input, pooling and classifier; None for a custom one.
+
+    Example:
+      >>> variant_of(get_config("dpn92").replace(num_classes=5, in_channels=1))
+      'dpn92'
+    """
+    ends = ("num_classes", "in_channels", "global_pool", "drop_rate", "test_time_pool")
+    body = config.replace(**{name: getattr(VARIANTS["dpn92"], name) for name in ends})
+    return next((name for name, variant in VARIANTS.items() if variant == body), None)
+
+
+def default_preprocessing(config: DPNConfig) -> Preprocessing:
+    """What timm assumes for weights of which only the architecture is known: the variant's default tag's.
+
+    Example:
+      >>> default_preprocessing(get_config("dpn68b")) == PRETRAINED["dpn68b.ra_in1k"].preprocessing
+      True
+    """
+    tags = [tag for tag in PRETRAINED.values() if tag.variant == variant_of(config)]
+    preprocessing = tags[-1].preprocessing if tags else Preprocessing()
+    if config.in_channels != 3:
+        mean, std = sum(preprocessing.mean) / 3, sum(preprocessing.std) / 3
+        channels = config.in_channels
+        preprocessing = dataclasses.replace(preprocessing, mean=(mean,) * channels, std=(std,) * channels)
+    return preprocessing
+
+
 def get_config(name: str) -> DPNConfig:
     """The configuration of a variant or pretrained tag.
 

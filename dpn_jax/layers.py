@@ -17,9 +17,6 @@ Features = TypeVar("Features", bound=jax.Array | tuple[jax.Array, ...])
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": nnx.relu, "silu": nnx.silu}
 
-# torch's default for convolutions, kaiming_uniform_(a=sqrt(5)): uniform in +-1/sqrt(fan_in)
-torch_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
 
 class Conv(nnx.Module):
     """A 2-D convolution that pads `kernel_size // 2` on every side.
@@ -35,7 +32,8 @@ class Conv(nnx.Module):
       use_bias: adds a bias.
       dtype: dtype of the arithmetic and the result.
       param_dtype: dtype of the parameters.
-      rngs: source of the initial values, `U(-1/sqrt(fan_in), 1/sqrt(fan_in))` for kernel and bias as in torch.
+      rngs: source of the initial values, `U(-1/sqrt(fan_in), 1/sqrt(fan_in))` for kernel and bias as in torch. None leaves
+        the parameters abstract (`jax.ShapeDtypeStruct`), for loaded ones to be put in.
 
     Source: `torch.nn.Conv2d.reset_parameters`, `timm.layers.padding.get_padding`.
     """
@@ -51,16 +49,12 @@ class Conv(nnx.Module):
         use_bias: bool = False,
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ) -> None:
-        shape = (kernel_size, kernel_size, in_channels // groups, out_channels)
-        self.kernel = nnx.Param(torch_uniform(rngs.params(), shape, param_dtype))
+        kernel_shape = (kernel_size, kernel_size, in_channels // groups, out_channels)
         limit = (kernel_size**2 * in_channels // groups) ** -0.5
-        self.bias = (
-            nnx.Param(jax.random.uniform(rngs.params(), (out_channels,), param_dtype, -limit, limit))
-            if use_bias
-            else None
-        )
+        self.kernel = nnx.Param(_uniform(limit, kernel_shape, param_dtype, rngs))
+        self.bias = nnx.Param(_uniform(limit, (out_channels,), param_dtype, rngs)) if use_bias else None
         self.kernel_size = kernel_size
         self.stride = stride
         self.groups = groups
@@ -104,6 +98,7 @@ class NormAct(nnx.Module):
       momentum: share of the old running statistics kept at a training step; torch's momentum 0.1 is 0.9 here.
       dtype: dtype of the result.
       param_dtype: dtype of the scale, the bias and the running statistics.
+      rngs: None leaves the parameters abstract, as in `Conv`; nothing here is random.
 
     Source: `timm.layers.norm_act.BatchNormAct2d`, `torch.nn.BatchNorm2d`.
     """
@@ -117,12 +112,14 @@ class NormAct(nnx.Module):
         momentum: float = 0.9,
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs | None,
     ) -> None:
-        self.scale = nnx.Param(jnp.ones(channels, param_dtype))
-        self.bias = nnx.Param(jnp.zeros(channels, param_dtype))
-        self.mean = nnx.BatchStat(jnp.zeros(channels, param_dtype))
-        self.var = nnx.BatchStat(jnp.ones(channels, param_dtype))
-        self.steps = nnx.BatchStat(jnp.zeros((), jnp.int32))  # torch's num_batches_tracked; kept for the way back
+        self.scale = nnx.Param(_constant(1, (channels,), param_dtype, rngs))
+        self.bias = nnx.Param(_constant(0, (channels,), param_dtype, rngs))
+        self.mean = nnx.BatchStat(_constant(0, (channels,), param_dtype, rngs))
+        self.var = nnx.BatchStat(_constant(1, (channels,), param_dtype, rngs))
+        # torch's num_batches_tracked: not used, but kept for the way back
+        self.steps = nnx.BatchStat(_constant(0, (), jnp.int32, rngs))
         self.activation = activation
         self.epsilon = epsilon
         self.momentum = momentum
@@ -190,9 +187,9 @@ class NormActConv(nnx.Module):
         groups: int = 1,
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ) -> None:
-        self.norm = NormAct(in_channels, dtype=dtype, param_dtype=param_dtype)
+        self.norm = NormAct(in_channels, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.conv = Conv(
             in_channels,
             out_channels,
@@ -207,6 +204,20 @@ class NormActConv(nnx.Module):
     def __call__(self, x: Features) -> jax.Array:
         """Maps `[B, H, W, in_channels]`, whole or in parts, to `[B, H', W', out_channels]`."""
         return self.conv(self.norm(x))
+
+
+def _uniform(
+    limit: float, shape: tuple[int, ...], dtype: jax.typing.DTypeLike, rngs: nnx.Rngs | None
+) -> jax.Array | jax.ShapeDtypeStruct:
+    if rngs is None:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    return jax.random.uniform(rngs.params(), shape, dtype, -limit, limit)
+
+
+def _constant(
+    value: float, shape: tuple[int, ...], dtype: jax.typing.DTypeLike, rngs: nnx.Rngs | None
+) -> jax.Array | jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype) if rngs is None else jnp.full(shape, value, dtype)
 
 
 def split_channels(array: jax.Array, like: Features, axis: int | None = -1) -> list[jax.Array]:

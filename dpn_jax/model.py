@@ -35,16 +35,18 @@ class Provenance(NamedTuple):
     """How images must be prepared."""
     class_names: tuple[str, ...] | None = None
     """What the logits mean, where that is not ImageNet-1k."""
+    files: tuple[tuple[str, int, int], ...] = ()
+    """The files that were read (path, bytes, nanoseconds of the last change), to hash them when the model is saved."""
 
 
 class Stem(nnx.Module):
     """A strided convolution, norm and activation: `[B, H, W, in_channels]` -> `[B, H/2, W/2, stem_features]`."""
 
-    def __init__(self, config: DPNConfig, *, rngs: nnx.Rngs, **dtypes: jax.typing.DTypeLike) -> None:
+    def __init__(self, config: DPNConfig, *, rngs: nnx.Rngs | None, **dtypes: jax.typing.DTypeLike) -> None:
         self.conv = Conv(
             config.in_channels, config.stem_features, kernel_size=config.stem_kernel, stride=2, rngs=rngs, **dtypes
         )
-        self.norm = NormAct(config.stem_features, activation=config.outer_activation, **dtypes)
+        self.norm = NormAct(config.stem_features, activation=config.outer_activation, rngs=rngs, **dtypes)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         return self.norm(self.conv(images))
@@ -56,8 +58,10 @@ class Expand(nnx.Module):
     One 1x1 convolution whose result is split or, in the `b` variants, two of them behind one norm.
     """
 
-    def __init__(self, stage: StageConfig, *, split: bool, rngs: nnx.Rngs, **dtypes: jax.typing.DTypeLike) -> None:
-        self.norm = NormAct(stage.bottleneck, **dtypes)
+    def __init__(
+        self, stage: StageConfig, *, split: bool, rngs: nnx.Rngs | None, **dtypes: jax.typing.DTypeLike
+    ) -> None:
+        self.norm = NormAct(stage.bottleneck, rngs=rngs, **dtypes)
         if split:
             self.residual = Conv(stage.bottleneck, stage.residual, rngs=rngs, **dtypes)
             self.dense = Conv(stage.bottleneck, stage.increment, rngs=rngs, **dtypes)
@@ -94,7 +98,7 @@ class DualPathBlock(nnx.Module):
         index: int,
         *,
         split_expand: bool,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
         **dtypes: jax.typing.DTypeLike,
     ) -> None:
         channels = stage.block_in_channels(index)
@@ -134,7 +138,8 @@ class DPN(nnx.Module):
       dtype: dtype of the arithmetic and of the results.
       param_dtype: dtype of the parameters and the running statistics.
       remat: recompute each block's inside in the backward pass instead of keeping it: less memory, about a third more time.
-      rngs: streams `params` (initial values) and, where `drop_rate` is not 0, `dropout`.
+      rngs: streams `params` (initial values) and, where `drop_rate` is not 0, `dropout`. None leaves every parameter
+        abstract (`jax.ShapeDtypeStruct`), for loaded ones to be put in.
 
     Example:
       >>> import jax.numpy as jnp
@@ -153,7 +158,7 @@ class DPN(nnx.Module):
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         remat: bool = False,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ) -> None:
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.stem = Stem(config, rngs=rngs, **dtypes)
@@ -164,7 +169,7 @@ class DPN(nnx.Module):
             )
             for stage in config.stages
         )
-        self.norm = NormAct(config.num_features, activation=config.outer_activation, **dtypes)
+        self.norm = NormAct(config.num_features, activation=config.outer_activation, rngs=rngs, **dtypes)
         self.dropout = nnx.Dropout(config.drop_rate, rngs=rngs if config.drop_rate else None)
         self.classifier = nnx.data(_classifier(config, rngs=rngs, **dtypes))
         self.config = config
