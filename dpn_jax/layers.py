@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -234,8 +235,9 @@ def split_channels(array: jax.Array, like: Features, axis: int | None = -1) -> l
 
 def max_pool(x: jax.Array) -> jax.Array:
     """The stem's 3x3 maximum at stride 2; pads with -inf, so that a border of negative values stays negative."""
+    # the constants are numpy's: reduce_window is only differentiable where it can see that they are -inf and 0
     return lax.reduce_window(
-        x, jnp.array(-jnp.inf, x.dtype), lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
+        x, np.asarray(-np.inf, x.dtype), lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
     )
 
 
@@ -272,5 +274,5 @@ def window_average(x: jax.Array, window: int) -> jax.Array:
     """
     if min(x.shape[1:3]) < window:
         raise ValueError(f"test_time_pool is {window} but the features are only {x.shape[1]}x{x.shape[2]}")
-    total = lax.reduce_window(x, jnp.zeros((), x.dtype), lax.add, (1, window, window, 1), (1, 1, 1, 1), ((0, 0),) * 4)
+    total = lax.reduce_window(x, np.zeros((), x.dtype), lax.add, (1, window, window, 1), (1, 1, 1, 1), ((0, 0),) * 4)
     return total / window**2

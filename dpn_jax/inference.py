@@ -1,0 +1,238 @@
+"""From photos to labels: a model, its preprocessing and its class names, compiled for batches of one fixed size."""
+
+import collections
+import concurrent.futures
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from dpn_jax.checkpoint import from_pretrained
+from dpn_jax.config import default_preprocessing
+from dpn_jax.model import DPN
+from dpn_jax.preprocess import ImageError, ImageSource, Transform, imagenet_labels
+
+
+class Prediction(NamedTuple):
+    """One of the classes that an image was given."""
+
+    label: str
+    """The class's name; for ImageNet-1k its WordNet lemmas."""
+    probability: float
+    """In [0, 1], from a softmax over all classes."""
+    index: int
+    """The class's number, from 0."""
+    synset: str | None = None
+    """WordNet's id ('n02123045'), for ImageNet-1k."""
+
+
+class Classifier:
+    """Classifies photos.
+
+    Args:
+      model: the model; switched to eval mode. Later changes to it are not seen.
+      transform: what prepares an image; left out, that of the weights, or of the architecture's default weights.
+      labels: a name for each class; left out, the model's own, or ImageNet-1k's.
+      batch_size: most images run at once. Fewer are padded to a power of two, so that few sizes are ever compiled.
+      device: where to run; left out, JAX's default device.
+      workers: threads that read and prepare images while the device works.
+
+    Raises:
+      ValueError: the model has no classifier or other channels than the transform, or there are not as many labels as
+        classes.
+
+    Example:
+      >>> import dpn_jax
+      >>> model = dpn_jax.create_model("dpn68", depths=(1, 1, 1, 1), num_classes=3, rngs=nnx.Rngs(0))
+      >>> classifier = Classifier(model, labels=("cat", "dog", "bird"))
+      >>> [prediction.index for prediction in classifier(np.zeros((300, 300, 3), np.uint8), top_k=1)]
+      [2]
+    """
+
+    def __init__(
+        self,
+        model: DPN,
+        *,
+        transform: Transform | None = None,
+        labels: Sequence[str] | None = None,
+        batch_size: int = 32,
+        device: jax.Device | None = None,
+        workers: int | None = None,
+    ) -> None:
+        config, provenance = model.config, model.provenance
+        if not config.num_classes or not config.global_pool:
+            raise ValueError("the model does not give one score per class (num_classes is 0 or global_pool is '')")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.transform = transform or Transform(provenance.preprocessing or default_preprocessing(config))
+        if len(self.transform.preprocessing.mean) != config.in_channels:
+            raise ValueError(
+                f"the model reads {config.in_channels} channels, but the preprocessing gives "
+                f"{len(self.transform.preprocessing.mean)}"
+            )
+        synsets: Sequence[str | None] = (None,) * config.num_classes
+        if labels is None and provenance.class_names is not None:
+            labels = provenance.class_names
+        if labels is None:
+            if config.num_classes == 1000:
+                synsets, labels = zip(*imagenet_labels(), strict=True)
+            else:
+                labels = [f"class {index}" for index in range(config.num_classes)]
+        if len(labels) != config.num_classes:
+            raise ValueError(f"the model has {config.num_classes} classes, but there are {len(labels)} labels")
+        self.labels = tuple(labels)
+        self.synsets = tuple(synsets)
+        self.batch_size = batch_size
+        self.workers = workers or os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()
+        self._device = device
+        model.eval()
+        structure, state = nnx.split(model)
+        self._state = jax.device_put(state, device)
+        self._forward = jax.jit(lambda state, images: nnx.merge(structure, state)(images).astype(jnp.float32))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        transform: Transform | None = None,
+        labels: Sequence[str] | None = None,
+        batch_size: int = 32,
+        device: jax.Device | None = None,
+        workers: int | None = None,
+        **options: object,
+    ) -> "Classifier":
+        """Loads a model to classify with.
+
+        Args:
+          source: as for `dpn_jax.from_pretrained`.
+          transform, labels, batch_size, device, workers: as for `Classifier`.
+          options: further keywords of `dpn_jax.from_pretrained`, such as `dtype=jnp.bfloat16`.
+
+        Raises:
+          CheckpointError, ValueError: as `dpn_jax.from_pretrained` and `Classifier`.
+        """
+        model = from_pretrained(source, **options)
+        return cls(model, transform=transform, labels=labels, batch_size=batch_size, device=device, workers=workers)
+
+    def __call__(
+        self, images: ImageSource | Sequence[ImageSource], *, top_k: int = 5
+    ) -> list[Prediction] | list[list[Prediction]]:
+        """Classifies one image, or several.
+
+        Args:
+          images: a path, a PIL image or a uint8 array `[H, W, 3]`, or a list or tuple of them.
+          top_k: how many classes to name, at most all.
+
+        Returns:
+          The most probable classes, best first; for a list of images, a list of that for each.
+
+        Raises:
+          ImageError: an image cannot be read.
+          ValueError: `top_k` is below 1 or above the number of classes.
+        """
+        several = isinstance(images, list | tuple)
+        results = []
+        for result in self.stream(images if several else [images], top_k=top_k):
+            if isinstance(result, ImageError):
+                raise result
+            results.append(result)
+        return results if several else results[0]
+
+    def stream(self, images: Iterable[ImageSource], *, top_k: int = 5) -> Iterator[list[Prediction] | ImageError]:
+        """Classifies any number of images as they come; a bad one does not stop the others.
+
+        Args:
+          images: as for a call; only a few batches are read ahead.
+          top_k: as for a call.
+
+        Yields:
+          For each image, in order, its most probable classes, or the error that tells why there are none.
+
+        Raises:
+          ValueError: `top_k` is below 1 or above the number of classes.
+        """
+        if not 1 <= top_k <= len(self.labels):
+            raise ValueError(f"top_k must be 1 to {len(self.labels)}, got {top_k}")
+        return self._stream(images, top_k)
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """The scores of prepared images.
+
+        Args:
+          images: `[B, H, W, C]` from the transform.
+
+        Returns:
+          float32 `[B, num_classes]`.
+        """
+        parts = [self._dispatch(images[i : i + self.batch_size]) for i in range(0, len(images), self.batch_size)]
+        return np.concatenate([np.asarray(part) for part in parts])
+
+    def _stream(self, images: Iterable[ImageSource], top_k: int) -> Iterator[list[Prediction] | ImageError]:
+        running: collections.deque[tuple[list[np.ndarray | ImageError], jax.Array | None]] = collections.deque()
+        for prepared in _batched(self._prepared(images), self.batch_size):
+            good = [image for image in prepared if not isinstance(image, ImageError)]
+            running.append((prepared, self._dispatch(np.stack(good)) if good else None))
+            if len(running) > 1:  # the device works on this batch while the one before is reported
+                yield from self._report(*running.popleft(), top_k)
+        while running:
+            yield from self._report(*running.popleft(), top_k)
+
+    def _prepared(self, images: Iterable[ImageSource]) -> Iterator[np.ndarray | ImageError]:
+        """Images through the transform, in order, read ahead by threads (Pillow decodes and resizes outside the GIL)."""
+
+        def prepare(image: ImageSource) -> np.ndarray | ImageError:
+            try:
+                return self.transform(image)
+            except ImageError as error:
+                return error
+
+        pool = concurrent.futures.ThreadPoolExecutor(self.workers)
+        pending: collections.deque[concurrent.futures.Future] = collections.deque()
+        try:
+            for image in images:
+                pending.append(pool.submit(prepare, image))
+                if len(pending) > 2 * self.batch_size:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _dispatch(self, images: np.ndarray) -> jax.Array:
+        """Starts a batch, padded, and returns its logits before they are computed."""
+        size = min(self.batch_size, 1 << (len(images) - 1).bit_length())
+        padded = np.zeros((size, *images.shape[1:]), np.float32)
+        padded[: len(images)] = images
+        return self._forward(self._state, jax.device_put(padded, self._device))[: len(images)]
+
+    def _report(
+        self, prepared: list[np.ndarray | ImageError], logits: jax.Array | None, top_k: int
+    ) -> Iterator[list[Prediction] | ImageError]:
+        rows = iter(()) if logits is None else iter(np.asarray(jax.nn.softmax(logits)))
+        for image in prepared:
+            yield image if isinstance(image, ImageError) else self._best(next(rows), top_k)
+
+    def _best(self, probabilities: np.ndarray, top_k: int) -> list[Prediction]:
+        order = np.argsort(-probabilities, kind="stable")[:top_k]  # of equal ones the first, as torch.topk on a CPU
+        return [
+            Prediction(self.labels[index], float(probabilities[index]), int(index), self.synsets[index])
+            for index in order
+        ]
+
+
+def _batched(items: Iterable[np.ndarray | ImageError], size: int) -> Iterator[list[np.ndarray | ImageError]]:
+    batch: list[np.ndarray | ImageError] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,157 @@
+"""Every variant against timm, stage by stage, from the same file of weights."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import dpn_jax
+from tests.parity import reference
+
+BOUNDS = {"float64": 1e-10, "float32": 1e-5}
+INPUTS = [(3, 193, 257), (3, 224, 224), (3, 288, 288), (1, 193, 257), (4, 224, 224)]
+QUICK = [("dpn68b", INPUTS[0]), ("dpn48b", INPUTS[0]), ("dpn92", INPUTS[0])]
+CASES = [
+    pytest.param(name, *shape, marks=() if (name, shape) in QUICK else pytest.mark.slow)
+    for name in dpn_jax.list_models()
+    for shape in INPUTS
+]
+
+
+@nnx.jit
+def outputs(model: dpn_jax.DPN, images: jax.Array) -> dict[str, jax.Array]:
+    """Everything that the model can show, under the names of `timm_outputs`."""
+    features, stages = model.forward_intermediates(images)
+    named = {f"stage {index}": stage for index, stage in enumerate(stages)}
+    return named | {
+        "features": features,
+        "pre_logits": model.forward_head(features, pre_logits=True),
+        "logits": model(images),
+    }
+
+
+def timm_outputs(model: torch.nn.Module, images: torch.Tensor) -> dict[str, np.ndarray]:
+    with torch.no_grad():
+        features, stages = model.forward_intermediates(images)
+        named = {f"stage {index}": stage for index, stage in enumerate(stages)} | {
+            "features": features,
+            "pre_logits": model.forward_head(features, pre_logits=True),
+            "logits": model(images),
+        }
+    return {name: reference.nhwc(value) for name, value in named.items()}
+
+
+@pytest.mark.parametrize(("name", "channels", "height", "width"), CASES)
+def test_every_stage_equals_timm(name: str, channels: int, height: int, width: int, tmp_path: Path) -> None:
+    theirs = reference.randomised(name, in_chans=channels)
+    path = reference.write(theirs, tmp_path / "model.safetensors")
+    images = reference.images((1, height, width, channels))
+    for dtype, bound in BOUNDS.items():
+        ours = dpn_jax.load(path, dtype=dtype, param_dtype=dtype)
+        assert ours.config == dpn_jax.create_model(name, in_channels=channels, rngs=nnx.Rngs(0)).config
+        got = outputs(ours, jnp.asarray(images, dtype))
+        expected = timm_outputs(theirs.to(getattr(torch, dtype)), reference.nchw(images, getattr(torch, dtype)))
+        assert got.keys() == expected.keys()
+        errors = {key: reference.relative_error(got[key], expected[key]) for key in expected}
+        assert max(errors.values()) <= bound, errors
+        assert all(value.dtype == dtype for value in got.values())
+
+
+@pytest.fixture(
+    scope="module", params=["dpn68b", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dpn92", "dpn107"))]
+)
+def pooled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    yield request.param, tmp_path_factory.mktemp("pools")
+
+
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax", ""])
+def test_every_pool_equals_timm(pooled: tuple[str, Path], pool: str) -> None:
+    name, folder = pooled
+    theirs = reference.randomised(name, global_pool=pool, num_classes=11)
+    path = reference.write(theirs, folder / f"{pool}.safetensors")
+    features = reference.images((2, 5, 7, theirs.num_features))
+    for dtype, bound in BOUNDS.items():
+        ours = dpn_jax.load(path, global_pool=pool, dtype=dtype, param_dtype=dtype)
+        theirs = theirs.to(getattr(torch, dtype))
+        for pre_logits in (False, True):
+            with torch.no_grad():
+                expected = theirs.forward_head(reference.nchw(features, getattr(torch, dtype)), pre_logits=pre_logits)
+            got = ours.forward_head(jnp.asarray(features, dtype), pre_logits=pre_logits)
+            assert reference.relative_error(got, reference.nhwc(expected)) <= bound
+
+
+def test_catavgmax_is_recognised_from_the_classifier(tmp_path: Path) -> None:
+    theirs = reference.randomised("dpn68", global_pool="catavgmax", num_classes=7)
+    ours = dpn_jax.load(reference.write(theirs, tmp_path / "model.safetensors"))
+    assert (ours.config.global_pool, ours.config.num_classes) == ("catavgmax", 7)
+
+
+@pytest.mark.parametrize("size", [(320, 320), (256, 321)])
+def test_test_time_pooling_equals_timm(size: tuple[int, int], tmp_path: Path) -> None:
+    from timm.layers.test_time_pool import TestTimePoolHead
+
+    theirs = reference.randomised("dpn48b")
+    path = reference.write(theirs, tmp_path / "model.safetensors")
+    images = reference.images((1, *size, 3))
+    with torch.no_grad():
+        expected = TestTimePoolHead(theirs, original_pool=7)(reference.nchw(images, torch.float64))
+    ours = dpn_jax.load(path, test_time_pool=7, dtype="float64", param_dtype="float64")
+    got = nnx.jit(lambda model, x: model(x))(ours, jnp.asarray(images))
+    assert reference.relative_error(got, reference.nhwc(expected)) <= 1e-10
+
+
+@pytest.mark.parametrize("indices", [None, 2, [0], [1, 3], [-1], [4, 0, -2]])
+@pytest.mark.parametrize("stop_early", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+def test_forward_intermediates_has_timms_meaning(
+    indices: int | list[int] | None, stop_early: bool, norm: bool, tiny: tuple[torch.nn.Module, dpn_jax.DPN]
+) -> None:
+    theirs, ours = tiny
+    images = reference.images((2, 48, 64, 3))
+    options = {"indices": indices, "norm": norm, "stop_early": stop_early}
+    with torch.no_grad():
+        features, stages = theirs.forward_intermediates(reference.nchw(images, torch.float64), **options)
+    got_features, got_stages = ours.forward_intermediates(jnp.asarray(images), **options)
+    only = ours.forward_intermediates(jnp.asarray(images), **options, intermediates_only=True)
+    assert len(got_stages) == len(stages) == len(only)
+    for got, again, expected in zip(got_stages, only, stages, strict=True):
+        assert reference.relative_error(got, reference.nhwc(expected)) <= 1e-10
+        np.testing.assert_array_equal(got, again)
+    assert reference.relative_error(got_features, reference.nhwc(features)) <= 1e-10
+
+
+@pytest.mark.parametrize("indices", [0, 6, -1, [5], [-6], [0, 7]])
+def test_forward_intermediates_refuses_what_timm_refuses(
+    indices: int | list[int], tiny: tuple[torch.nn.Module, dpn_jax.DPN]
+) -> None:
+    theirs, ours = tiny
+    images = reference.images((1, 32, 32, 3))
+    with pytest.raises(AssertionError):
+        theirs.forward_intermediates(reference.nchw(images, torch.float64), indices=indices)
+    with pytest.raises(ValueError, match="indices"):
+        ours.forward_intermediates(jnp.asarray(images), indices=indices)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[torch.nn.Module, dpn_jax.DPN]]:
+    torch.manual_seed(0)
+    theirs = reference.timm.models.dpn.DPN(
+        k_sec=(2, 1, 2, 1),
+        inc_sec=(4, 4, 8, 4),
+        k_r=16,
+        groups=4,
+        small=True,
+        num_init_features=6,
+        num_classes=5,
+        b=True,
+    )
+    theirs = theirs.double().eval()
+    reference.randomise_norms(theirs)
+    path = reference.write(theirs, tmp_path_factory.mktemp("tiny") / "tiny.safetensors")
+    with jax.enable_x64(True):
+        yield theirs, dpn_jax.load(path, dtype="float64", param_dtype="float64")

@@ -1,0 +1,175 @@
+"""The prepared images are timm's, bit for bit: the pixels before normalisation and the floats after it."""
+
+import functools
+import importlib.util
+import random
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from convert.timm_import import import_timm
+from dpn_jax.config import PRETRAINED, Preprocessing
+from dpn_jax.preprocess import ImageError, Transform, imagenet_labels, preprocessing
+
+timm = import_timm()
+import torch  # noqa: E402
+
+_PACKAGES = {name: Path(importlib.util.find_spec(name).origin).parent for name in ("skimage", "sklearn")}
+PHOTOS = sorted(
+    [
+        *(_PACKAGES["skimage"] / "data").glob("*.jpg"),
+        *(_PACKAGES["skimage"] / "data").glob("*.png"),
+        *(_PACKAGES["skimage"] / "data").glob("*.gif"),
+        _PACKAGES["skimage"] / "data" / "multipage.tif",  # Pillow does not read multipage_rgb.tif
+        *(_PACKAGES["sklearn"] / "datasets" / "images").glob("*.jpg"),
+    ]
+)
+VARIED = [path for path in PHOTOS if path.stem in ("astronaut", "camera", "china", "flower", "rocket", "logo")]
+TimmTransform = Callable[[Image.Image], torch.Tensor]
+
+
+def timm_transform(settings: Preprocessing, **options: object) -> TimmTransform:
+    return timm.data.create_transform(
+        input_size=(len(settings.mean), settings.image_size, settings.image_size),
+        is_training=False,
+        crop_pct=settings.crop_fraction,
+        interpolation=settings.interpolation,
+        mean=settings.mean,
+        std=settings.std,
+        **options,
+    )
+
+
+def timm_image(path: Path, mode: str = "RGB") -> Image.Image:
+    with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        return image.convert(mode)
+
+
+def same(tensor: torch.Tensor, array: np.ndarray) -> None:
+    expected = np.ascontiguousarray(tensor.permute(1, 2, 0).numpy())
+    assert (expected.dtype, expected.shape) == (array.dtype, array.shape)
+    np.testing.assert_array_equal(expected.view(np.uint8), array.view(np.uint8))  # the bits: 0.0 is not -0.0
+
+
+def check(settings: Preprocessing, image: Image.Image) -> None:
+    transform = Transform(settings)
+    pixels = transform.crop(image)
+    same(timm_transform(settings, normalize=False)(image), pixels)
+    same(timm_transform(settings)(image), transform.normalize(pixels))
+
+
+@functools.cache
+def timm_model(tag: str) -> torch.nn.Module:
+    with torch.device("meta"):  # no weights: only its pretrained_cfg is asked for
+        return timm.create_model(tag)
+
+
+def test_photos_are_there() -> None:
+    assert len(PHOTOS) >= 25 and len(VARIED) == 6
+    assert {path.suffix for path in PHOTOS} == {".jpg", ".png", ".gif", ".tif"}
+
+
+@pytest.mark.parametrize("use_test_size", [False, True])
+@pytest.mark.parametrize("tag", PRETRAINED)
+def test_every_tag_on_real_photos(tag: str, use_test_size: bool) -> None:
+    config = timm.data.resolve_data_config({}, model=timm_model(tag), use_test_size=use_test_size)
+    reference = timm.data.create_transform(**config, is_training=False)
+    unnormalised = timm.data.create_transform(**config, is_training=False, normalize=False)
+    transform = preprocessing(tag, use_test_size=use_test_size)
+    for path in VARIED:
+        image = timm_image(path)
+        same(unnormalised(image), transform.crop(path))
+        same(reference(image), transform(path))
+
+
+@pytest.mark.parametrize("path", PHOTOS, ids=lambda path: path.name)
+def test_every_photo(path: Path) -> None:
+    """Grey, palettes, alpha, bilevel, frames: whatever scikit-image has lying about."""
+    transform = preprocessing("dpn92.mx_in1k")
+    same(timm_transform(transform.preprocessing)(timm_image(path)), transform(path))
+    grey = Preprocessing(mean=(0.5,), std=(0.2,))
+    same(timm_transform(grey)(timm_image(path, "L")), Transform(grey)(path))
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos", "nearest"])
+@pytest.mark.parametrize("crop_fraction", [0.875, 0.9, 0.95, 1.0])
+@pytest.mark.parametrize("image_size", [32, 224, 225, 288])
+def test_settings(image_size: int, crop_fraction: float, interpolation: str) -> None:
+    settings = Preprocessing(image_size=image_size, crop_fraction=crop_fraction, interpolation=interpolation)
+    for path in VARIED[:3]:
+        check(settings, timm_image(path))
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        *[(1, 1), (1, 2), (2, 1), (1, 300), (300, 1), (3, 500), (31, 33), (1000, 7), (7, 1000), (640, 480), (481, 641)],
+        *[(223, 225), (224, 224), (255, 256), (256, 256), (257, 256), (341, 256), (411, 306), (306, 411)],
+    ],
+)
+@pytest.mark.parametrize("tag", ["dpn92.mx_in1k", "dpn68b.ra_in1k"])
+def test_odd_sizes(tag: str, size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    check(PRETRAINED[tag].preprocessing, Image.fromarray(pixels))
+
+
+def test_random_sizes() -> None:
+    rng = random.Random(0)
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 400, 3), np.uint8)
+    for _ in range(150):
+        settings = Preprocessing(
+            image_size=rng.randint(32, 80),
+            crop_fraction=rng.choice([0.875, 0.95, 1.0, rng.uniform(0.2, 1)]),
+            interpolation=rng.choice(["bicubic", "bilinear", "lanczos", "nearest"]),
+        )
+        size = [rng.choice([rng.randint(1, 40), rng.randint(1, 400)]) for _ in range(2)]
+        check(settings, Image.fromarray(pixels[: size[0], : size[1]]))
+
+
+def test_10000_pixels_long_with_sizes_that_fit() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 10000, 3), np.uint8)
+    settings = Preprocessing(image_size=32, crop_fraction=1.0)  # 32 x 320,000
+    check(settings, Image.fromarray(pixels))
+    check(settings, Image.fromarray(pixels.reshape(10000, 1, 3)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(1, 1365), (1365, 1)])
+def test_the_narrowest_image_that_is_not_refused(size: tuple[int, int]) -> None:
+    settings = PRETRAINED["dpn92.mx_in1k"].preprocessing
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    check(settings, Image.fromarray(pixels))
+    with pytest.raises(ImageError, match="would be resized"):
+        Transform(settings).crop(np.zeros((size[0] + (size[0] > 1), size[1] + (size[1] > 1)), np.uint8))
+
+
+def test_timm_dataset_reads_the_same_files(tmp_path: Path) -> None:
+    """Through timm's own folder reader, with files of every mode that it might meet."""
+    photo = timm_image(VARIED[0]).resize((60, 45))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "exif.jpg", exif=exif)
+    photo.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    photo.convert("L").save(tmp_path / "grey.png")
+    photo.quantize(64).save(tmp_path / "palette.png", transparency=bytes(range(64)))
+    Image.merge("RGBA", [*photo.split(), photo.convert("L")]).save(tmp_path / "alpha.png")
+    Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257).save(tmp_path / "grey16.png")
+    photo.save(tmp_path / "animated.gif", save_all=True, append_images=[photo.rotate(90)])
+    (tmp_path / "animated.gif").rename(tmp_path / "animated.png")  # timm goes by content too
+    transform = preprocessing("dpn68b.ra_in1k")
+    dataset = timm.data.ImageDataset(str(tmp_path), transform=timm_transform(transform.preprocessing))
+    assert len(dataset) == 7
+    with warnings.catch_warnings(action="ignore"):
+        for index in range(len(dataset)):
+            same(dataset[index][0], transform(dataset.filename(index, absolute=True)))
+
+
+def test_labels() -> None:
+    info = timm.data.ImageNetInfo()
+    for index, label in enumerate(imagenet_labels()):
+        assert label == (info.index_to_label_name(index), info.index_to_description(index))
+    assert info.num_classes() == len(imagenet_labels())

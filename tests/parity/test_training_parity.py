@@ -1,0 +1,75 @@
+"""Training against timm in float64: the loss, every gradient, and the running statistics."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import dpn_jax
+from dpn_jax.weights import table, to_flax
+from tests.parity import reference
+
+RATE = 0.05
+BOUND = 1e-8
+
+
+def loss_of(model: dpn_jax.DPN, images: jax.Array, labels: jax.Array) -> jax.Array:
+    scores = jax.nn.log_softmax(model(images))
+    return -jnp.take_along_axis(scores, labels[:, None], axis=1).mean()
+
+
+@nnx.jit
+def step(model: dpn_jax.DPN, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, nnx.State]:
+    """One step of plain SGD; the model changes in place."""
+    loss, gradients = nnx.value_and_grad(loss_of)(model, images, labels)
+    parameters = nnx.state(model, nnx.Param)
+    nnx.update(model, jax.tree.map(lambda p, g: p - RATE * g, parameters, gradients))
+    return loss, gradients
+
+
+@pytest.mark.parametrize(
+    ("name", "remat", "norms"),
+    [
+        ("dpn68b", False, "train"),
+        pytest.param("dpn92", False, "train", marks=pytest.mark.slow),
+        pytest.param("dpn68b", True, "train", marks=pytest.mark.slow),
+        pytest.param("dpn68b", False, "frozen", marks=pytest.mark.slow),
+    ],
+)
+def test_three_sgd_steps_equal_timm(name: str, remat: bool, norms: str, tmp_path: Path) -> None:
+    theirs = reference.randomised(name, num_classes=10).train(norms == "train")
+    path = reference.write(theirs, tmp_path / "model.safetensors")
+    ours = dpn_jax.load(path, dtype="float64", param_dtype="float64", remat=remat)
+    ours.train() if norms == "train" else ours.eval()
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=RATE)
+    entries = {entry.timm: entry for entry in table(ours.config)}
+    labels = np.array([3, 1, 9, 3])
+
+    for number in range(3):
+        images = reference.images((4, 64, 64, 3), seed=number)
+        loss, gradients = step(ours, jnp.asarray(images), jnp.asarray(labels))
+        optimizer.zero_grad()
+        expected_loss = torch.nn.functional.cross_entropy(
+            theirs(reference.nchw(images, torch.float64)), torch.from_numpy(labels)
+        )
+        expected_loss.backward()
+
+        assert abs(loss.item() / expected_loss.item() - 1) <= BOUND
+        got = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(gradients)}
+        expected = {n: to_flax(entries[n], p.grad.numpy()) for n, p in theirs.named_parameters()}
+        assert got.keys() == {entries[n].flax for n in expected}
+        errors = {n: reference.relative_error(got[entries[n].flax], value) for n, value in expected.items()}
+        assert max(errors.values()) <= BOUND, max(errors.items(), key=lambda item: item[1])
+        optimizer.step()
+
+    got = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(ours))}
+    for entry_name, value in theirs.state_dict().items():
+        entry = entries[entry_name]
+        error = np.abs(got[entry.flax] - to_flax(entry, value.numpy())).max()
+        assert error <= BOUND * max(1, float(value.abs().max())), entry_name
+    expected_steps = 3 if norms == "train" else 0
+    assert int(ours.norm.steps[...]) == int(theirs.features.conv5_bn_ac.bn.num_batches_tracked) == expected_steps
