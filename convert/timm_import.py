@@ -1,17 +1,24 @@
-"""Imports timm where torchvision is installed but cannot load its compiled half."""
+"""timm, importable, and its model for one of our architectures."""
 
 import sys
-from types import ModuleType
+from typing import TYPE_CHECKING
+
+from dpn_jax.config import DPNConfig, variant_of
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    import torch
 
 _KEEP_ALIVE: list[object] = []
 
 
-def import_timm() -> ModuleType:
+def import_timm() -> "ModuleType":
     """Imports and returns `timm`, declaring torchvision's missing operators first where that is what stops it.
 
-    torchvision registers shape functions for its compiled operators when it is imported; where the compiled half cannot be
-    loaded (a CUDA build on a machine without CUDA) that fails with `operator torchvision::nms does not exist`, although timm
-    needs none of them. Where torchvision imports, this only imports timm.
+    torchvision registers shape functions for its compiled operators when it is imported; where the compiled half cannot
+    be loaded (a CUDA build on a machine without CUDA) that fails with `operator torchvision::nms does not exist`,
+    although timm needs none of them. Where torchvision imports, this only imports timm.
 
     Returns:
       The module `timm`.
@@ -32,3 +39,39 @@ def import_timm() -> ModuleType:
     import timm
 
     return timm
+
+
+def create_timm_model(config: DPNConfig) -> "torch.nn.Module":
+    """timm's model of an architecture, freshly initialised, in eval mode.
+
+    Args:
+      config: a variant's, with any head and input, or a custom one that timm's `DPN` can express.
+
+    Returns:
+      The `timm.models.dpn.DPN`.
+
+    Raises:
+      ValueError: timm's `DPN` cannot express it.
+    """
+    timm = import_timm()
+    head = {"num_classes": config.num_classes, "in_chans": config.in_channels, "global_pool": config.global_pool}
+    variant = variant_of(config)
+    if variant:
+        return timm.create_model(variant, **head).eval()
+    small = config.residual_width == 64
+    if len(config.depths) > 4 or config.stem_kernel != (3 if small else 7) or config.residual_width not in (64, 256):
+        raise ValueError(
+            "timm's DPN has at most 4 stages, and either 64 residual channels and a 3x3 stem or 256 and a 7x7; "
+            f"got {config}"
+        )
+    return timm.models.dpn.DPN(
+        k_sec=config.depths,
+        inc_sec=config.dense_increments,
+        k_r=config.bottleneck_width,
+        groups=config.groups,
+        small=small,
+        num_init_features=config.stem_features,
+        b=config.split_expand,
+        act_layer=config.outer_activation,
+        **head,
+    ).eval()

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -227,13 +227,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       The exit code: 0 done; 1 some inputs failed and the rest were done; 2 nothing could be done; 130 Ctrl-C.
     """
+    return guarded(lambda: tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="dpn-jax", args=arguments).run())
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Calls `command`; what goes wrong becomes one line on stderr and an exit code.
+
+    Args:
+      command: returns an exit code.
+    """
     warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on odd files that are read all the same
     logging.basicConfig(format="dpn-jax: %(message)s", level=logging.WARNING)
     with contextlib.suppress(AttributeError):  # a replaced stdout
         sys.stdout.reconfigure(errors="surrogateescape")  # file names come out as the bytes that they are
     try:
-        command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="dpn-jax", args=arguments)
-        code = command.run()
+        code = command()
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -307,7 +315,8 @@ def printable(name: str) -> str:
 def describe(settings: Preprocessing) -> str:
     """A line about how images are prepared."""
     mean, std = (" ".join(f"{value:.3f}" for value in values) for values in (settings.mean, settings.std))
-    return f"{settings.image_size} pixels, crop {settings.crop_fraction:g}, {settings.interpolation}, mean {mean}, std {std}"
+    crop = f"{settings.image_size} pixels, crop {settings.crop_fraction:g}, {settings.interpolation}"
+    return f"{crop}, mean {mean}, std {std}"
 
 
 def abandon_stdout() -> None:

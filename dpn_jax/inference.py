@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from PIL import Image
 
 from dpn_jax.checkpoint import from_pretrained
 from dpn_jax.config import default_preprocessing
@@ -185,7 +184,7 @@ class Classifier:
             yield from self._report(*running.popleft(), top_k)
 
     def _prepared(self, images: Iterable[ImageSource]) -> Iterator[np.ndarray | ImageError]:
-        """Images through the transform, in order, read ahead by threads (Pillow decodes and resizes outside the GIL)."""
+        """Images through the transform, in order, read ahead by threads: Pillow decodes and resizes outside the GIL."""
 
         def prepare(image: ImageSource) -> np.ndarray | ImageError:
             try:

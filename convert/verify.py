@@ -1,0 +1,152 @@
+"""Can this port be trusted with my weights? `python -m convert.verify CHECKPOINT [PHOTO...]` compares it with timm.
+
+Both frameworks load the checkpoint and see the same input; the table has the error after every stage.
+"""
+
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+
+import dpn_jax
+from convert.command import run
+from convert.timm_import import create_timm_model
+from dpn_jax.checkpoint import convert, open_checkpoint
+from dpn_jax.config import default_preprocessing, variant_of
+from dpn_jax.preprocess import Transform
+
+BOUNDS = {"float64": 1e-10, "float32": 1e-5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One tensor of the forward pass in both frameworks.
+
+    Args:
+      name: what it is.
+      shape: its shape, `[B, ...]`, channels last.
+      relative: the norm of the difference, divided by the norm of timm's.
+      largest: the largest difference of one element.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    relative: float
+    largest: float
+
+    def within(self, bound: float) -> bool:
+        """Whether the relative error is a number and at most `bound`."""
+        return self.relative <= bound
+
+
+def compare(checkpoint: str | Path, images: np.ndarray, dtype: str, *, model: str | None = None) -> list[Comparison]:
+    """Runs a checkpoint in both frameworks, in eval mode.
+
+    Args:
+      checkpoint: timm's file or ours, a tag or a hub id.
+      images: `[B, H, W, C]`, normalised.
+      dtype: 'float32' or 'float64', of weights and arithmetic.
+      model: the variant, when it should not be recognised from the file.
+
+    Returns:
+      The stem, each stage, the features, the pooled features, the logits and the five best classes.
+    """
+    import safetensors.torch
+    import torch
+
+    with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
+        ours = dpn_jax.from_pretrained(checkpoint, model=model, dtype=dtype, param_dtype=dtype)
+        theirs = create_timm_model(ours.config)
+        with tempfile.TemporaryDirectory() as folder:
+            timms = Path(folder) / "timm.safetensors"
+            convert(checkpoint, timms, to="timm", model=model)
+            theirs.load_state_dict(safetensors.torch.load_file(timms), strict=True)
+        theirs.to(getattr(torch, dtype))
+        got = dict(_named(*_forward(ours, jnp.asarray(images, dtype))))
+        with torch.no_grad():
+            batch = torch.from_numpy(images).permute(0, 3, 1, 2).to(getattr(torch, dtype))
+            features, stages = theirs.forward_intermediates(batch)
+            pooled = theirs.forward_head(features, pre_logits=True)
+            expected = dict(_named(features, stages, pooled, theirs.forward_head(features)))
+        rows = [_compare(name, np.asarray(got[name]), value.numpy()) for name, value in expected.items()]
+        return [*rows, _compare_top5(np.asarray(got["logits"]), expected["logits"].numpy())]
+
+
+@nnx.jit
+def _forward(model: dpn_jax.DPN, images: jax.Array) -> tuple[jax.Array, list[jax.Array], jax.Array, jax.Array]:
+    features, stages = model.forward_intermediates(images)
+    return features, stages, model.forward_head(features, pre_logits=True), model.forward_head(features)
+
+
+def _named(features: object, stages: list[object], pooled: object, logits: object) -> Iterator[tuple[str, object]]:
+    yield "stem", stages[0]
+    for number, stage in enumerate(stages[1:], start=1):
+        yield f"stage {number}", stage
+    yield from (("features", features), ("pooled", pooled), ("logits", logits))
+
+
+def _compare_top5(ours: np.ndarray, theirs: np.ndarray) -> Comparison:
+    """Counts the places in which the five best classes differ."""
+    best = [np.argsort(-logits, axis=1, kind="stable")[:, :5] for logits in (ours, theirs)]
+    different = float((best[0] != best[1]).sum())
+    return Comparison("top-5", best[0].shape, different / best[0].size, different)
+
+
+def _compare(name: str, ours: np.ndarray, theirs: np.ndarray) -> Comparison:
+    theirs = theirs.transpose(0, 2, 3, 1) if theirs.ndim == 4 else theirs
+    if ours.shape != theirs.shape:
+        return Comparison(name, ours.shape, np.inf, np.inf)
+    difference = np.asarray(ours, np.float64) - theirs
+    relative = float(np.linalg.norm(difference) / max(np.linalg.norm(theirs), np.finfo(theirs.dtype).tiny))
+    return Comparison(name, ours.shape, relative, float(np.abs(difference).max()))
+
+
+def main(
+    checkpoint: tyro.conf.Positional[str],
+    photos: tyro.conf.Positional[tuple[Path, ...]] = (),
+    /,
+    model: str | None = None,
+    size: int | None = None,
+    seed: int = 0,
+) -> int:
+    """Compare a checkpoint in this port with timm, and say whether they agree.
+
+    Args:
+      checkpoint: timm's file or ours, a tag or a hub id.
+      photos: what to run on; a batch of two noise images where none is given.
+      model: the variant, when it should not be recognised from the file.
+      size: side of the images, pixels; the weights' own when left out.
+      seed: of the noise.
+    """
+    opened = open_checkpoint(Path(checkpoint) if Path(checkpoint).exists() else checkpoint, model=model)
+    settings = opened.provenance.preprocessing or default_preprocessing(opened.config)
+    if size is not None:
+        settings = dataclasses.replace(settings, image_size=size)
+    if photos:
+        transform = Transform(settings)
+        images = np.stack([transform(photo) for photo in photos])
+    else:
+        shape = (2, settings.image_size, settings.image_size, opened.config.in_channels)
+        images = np.random.default_rng(seed).normal(size=shape)
+    print(f"{checkpoint}: {variant_of(opened.config) or 'custom DPN'}, images {list(images.shape)}")
+
+    agrees = True
+    for dtype, bound in BOUNDS.items():
+        print(f"\n{dtype:<10} {'shape':<22} {'relative error':>15} {'largest error':>15}")
+        for row in compare(checkpoint, images, dtype, model=model):
+            agrees &= row.within(bound)
+            mark = "" if row.within(bound) else f"  above {bound:g}"
+            print(f"{row.name:<10} {list(row.shape)!s:<22} {row.relative:>15.2e} {row.largest:>15.2e}{mark}")
+    print(f"\n{'equal to timm' if agrees else 'NOT EQUAL to timm'} (bounds: {BOUNDS})")
+    return 0 if agrees else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
