@@ -3,12 +3,9 @@
 import dataclasses
 import functools
 import importlib.resources
-import io
 import math
 import os
 import stat
-import threading
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,49 +47,12 @@ class ImageError(ValueError):
     """An image that cannot be read or prepared; its message is one printable line that names the file."""
 
 
-class _QuietPillow:
-    """Hides Pillow's warnings while any thread reads; overlapping `catch_warnings` would undo each other's filters."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._readers = 0
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._readers += 1
-            if self._readers == 1:
-                self._saved = warnings.catch_warnings()
-                self._saved.__enter__()
-                warnings.filterwarnings("ignore", module=r"PIL\.")
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._readers -= 1
-            if self._readers == 0:
-                self._saved.__exit__(None, None, None)
-
-
-_quiet_pillow = _QuietPillow()
-
-
-class _WatchedFile(io.BufferedReader):
-    """A file that remembers whether it was read at its end, which decoding a whole image does not need."""
-
-    read_at_end = False
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        data = super().read(size)
-        self.read_at_end |= not data and size != 0
-        return data
-
-
 def read_image(source: ImageSource, *, exif: bool = False, mode: str = "RGB") -> Image.Image:
     """Reads one image, as timm does: `PIL.Image.open(source).convert("RGB")`, or fails with one kind of error.
 
     Pillow's conversion decides what becomes of other modes, sensible or not: alpha is dropped (not blended), CMYK is
     converted without its colour profile, and 16-bit grey is clipped at 255, which leaves most such images white. Only
-    the first frame of a file is read. Truncated files are refused even where the application has set Pillow's
-    `LOAD_TRUNCATED_IMAGES`; Pillow then still hides what its decoders find wrong inside a file without checksums.
+    the first frame of a file is read. Truncated files are refused.
 
     Args:
       source: the path of a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM file, whatever its suffix; a PIL image, which stays
@@ -114,14 +74,13 @@ def read_image(source: ImageSource, *, exif: bool = False, mode: str = "RGB") ->
     Source: `timm.data.dataset.ImageDataset.__getitem__`.
     """
     try:
-        with _quiet_pillow:
-            if isinstance(source, Image.Image):
-                return _convert(source, exif, mode)
-            if isinstance(source, np.ndarray):
-                return _convert(_from_array(source), exif, mode)
-            if not isinstance(source, str | os.PathLike):
-                raise ValueError(f"expected a path, a PIL image or a NumPy array, got {type(source).__name__}")
-            return _read_file(Path(os.fsdecode(source)), exif, mode)
+        if isinstance(source, Image.Image):
+            return _convert(source, exif, mode)
+        if isinstance(source, np.ndarray):
+            return _convert(_from_array(source), exif, mode)
+        if not isinstance(source, str | os.PathLike):
+            raise ValueError(f"expected a path, a PIL image or a NumPy array, got {type(source).__name__}")
+        return _read_file(Path(os.fsdecode(source)), exif, mode)
     except Exception as error:  # Pillow raises nearly every built-in exception on one damaged file or another
         raise ImageError(f"{_name(source)}: {_reason(error)}") from error
 
@@ -134,15 +93,11 @@ def _read_file(path: Path, exif: bool, mode: str) -> Image.Image:
         raise ValueError("is not a regular file")
     if status.st_size == 0:
         raise ValueError("the file is empty (0 bytes)")
-    with _WatchedFile(path.open("rb", buffering=0)) as file:
-        if ImageFile.LOAD_TRUNCATED_IMAGES:
-            Image.open(file, formats=FORMATS).verify()  # a PNG's checksums; Pillow verifies no other format
-        image = Image.open(file, formats=FORMATS)
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise ValueError("refused while Pillow's LOAD_TRUNCATED_IMAGES is set: it fills what is missing with grey")
+    with Image.open(path, formats=FORMATS) as image:
         _check_size(image)
-        file.read_at_end = False
         image.load()
-        if ImageFile.LOAD_TRUNCATED_IMAGES and file.read_at_end:  # Pillow has filled up the missing part with grey
-            raise ValueError("image file is truncated")
         return _convert(image, exif, mode)
 
 
@@ -266,8 +221,7 @@ class Transform:
                 f"{_name(source)}: {image.width} x {image.height} pixels would be resized to {width} x {height}, "
                 f"more than the {MAX_PIXELS:,} pixels allowed; crop the image first"
             )
-        if (width, height) != image.size:
-            image = image.resize((width, height), _FILTERS[settings.interpolation])
+        image = image.resize((width, height), _FILTERS[settings.interpolation])
         # Halves round to even, as in torchvision's center_crop. Its padding is never needed, as crop_fraction <= 1.
         left, top = (round((side - settings.image_size) / 2) for side in image.size)
         pixels = np.array(image.crop((left, top, left + settings.image_size, top + settings.image_size)))

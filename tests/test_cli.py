@@ -1,0 +1,235 @@
+"""The `dpn-jax` command, in this process where that is enough and in one of its own where it is not."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+import dpn_jax
+from dpn_jax.cli import main
+from tests.test_model import TINY
+
+COMMAND = [sys.executable, "-m", "dpn_jax.cli"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    model = dpn_jax.create_model(TINY, rngs=nnx.Rngs(0))
+    model.provenance = model.provenance._replace(
+        preprocessing=dpn_jax.Preprocessing(image_size=32), class_names=("ant", "bee", "cat", "dog", "eel")
+    )
+    dpn_jax.save(model, path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for number, name in enumerate(["a.png", "b.jpg", "more/c.png"]):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command; gives its exit code, its output, and its complaint."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capfd.readouterr()
+
+    return run
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def test_table_names_every_photo_of_a_folder(run: Run, weights: Path, photos: Path) -> None:
+    code, out, err = run("classify", photos, "--weights", weights, "--top-k", 2)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == [
+        str(photos / n) for n in ("a.png", "b.jpg", "more/c.png")
+    ]
+    assert len(lines) == 9
+    assert all(
+        line.split()[0].endswith("%") and line.split()[1] in "ant bee cat dog eel" for line in lines if line[0] == " "
+    )
+
+
+def test_json_and_csv_tell_the_same(run: Run, weights: Path, photos: Path) -> None:
+    options = ("classify", photos, "--weights", weights, "--batch-size", 2, "--format")
+    code, out, _ = run(*options, "json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and len(rows) == 3
+    assert {p["label"] for p in rows[0]["predictions"]} == {"ant", "bee", "cat", "dog", "eel"}
+    code, out, _ = run(*options, "csv")
+    table = list(csv.DictReader(io.StringIO(out)))
+    assert code == 0 and len(table) == 15
+    assert [(row["image"], row["label"]) for row in table] == [
+        (row["image"], prediction["label"]) for row in rows for prediction in row["predictions"]
+    ]
+    probabilities = [p["probability"] for row in rows for p in row["predictions"]]
+    np.testing.assert_allclose([float(row["probability"]) for row in table], probabilities, atol=1e-6)
+
+
+def test_the_rest_of_a_batch_is_done(run: Run, weights: Path, photos: Path) -> None:
+    (photos / "b.jpg").write_bytes((photos / "b.jpg").read_bytes()[:300])
+    (photos / "empty").mkdir()
+    arguments = ("classify", photos, photos / "no.jpg", photos / "empty", "--weights", weights, "--format", "json")
+    code, out, err = run(*arguments)
+    assert code == 1
+    assert [Path(json.loads(line)["image"]).name for line in out.splitlines()] == ["a.png", "c.png"]
+    assert len(err.splitlines()) == 3
+    assert all(line.startswith("dpn-jax: ") for line in err.splitlines())
+    assert "b.jpg" in err and "no.jpg" in err and "empty: no images" in err
+
+
+def test_file_names_that_are_hard_to_print(run: Run, weights: Path, tmp_path: Path) -> None:
+    names = ["two\nlines.png", os.fsdecode(b"caf\xe9.png")]
+    for name in names:
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    found = [tmp_path / name for name in names]
+    code, out, _ = run("classify", *found, "--weights", weights, "--top-k", 1)
+    assert code == 0 and len(out.splitlines()) == 4
+    code, out, _ = run("classify", *found, "--weights", weights, "--top-k", 1, "--format", "json")
+    assert [json.loads(line)["image"] for line in out.splitlines()] == [str(path) for path in found]
+    for path in found:
+        path.write_bytes(b"")
+    code, out, err = run("classify", *found, "--weights", weights)
+    assert (code, out, len(err.splitlines())) == (2, "", 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--top-k", "0"], "--top-k must be at least 1, got 0"),
+        (["--top-k", "6"], "top_k must be 1 to 5, got 6"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--image-size", "31"], "at least 32 pixels, got 31"),
+        (["--device", "tpu"], "--device tpu: there is no such device here"),
+        (["--labels", "LABELS"], "2 labels"),
+        (["--model", "dpn29"], "unknown model 'dpn29'; did you mean dpn98 or dpn92"),
+        (["--test-time-pool"], "test_time_pool is 7 but the features are only"),
+    ],
+)
+def test_bad_options_are_one_line(
+    run: Run, weights: Path, photos: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    (tmp_path / "LABELS").write_text("cat\ndog\n")
+    options = [str(tmp_path / word) if word == "LABELS" else word for word in options]
+    code, out, err = run("classify", photos, "--weights", weights, *options)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert message in err
+
+
+@pytest.mark.parametrize("words", [[], ["classify"], ["clasify", "x.jpg"], ["classify", "x.jpg", "--top-q", "5"]])
+def test_wrong_words_exit_with_2(run: Run, words: list[str]) -> None:
+    code, out, err = run(*words)
+    assert code == 2 and not out and "Traceback" not in err and err
+
+
+def test_nothing_to_do(run: Run, weights: Path, tmp_path: Path) -> None:
+    code, out, err = run("classify", tmp_path / "no.jpg", "--weights", weights)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    code, _, err = run("classify", tmp_path / "no.jpg", "--weights", tmp_path / "no.safetensors")
+    assert code == 2 and len(err.splitlines()) == 1
+
+
+def test_labels_and_preprocessing_can_be_given(run: Run, weights: Path, photos: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_text("eins\nzwei\ndrei\nvier\nfünf\n", encoding="utf-8")
+    code, out, err = run(
+        "classify", photos / "a.png", "--weights", weights, "--labels", labels, "--image-size", 64, "--top-k", 5
+    )
+    assert (code, err) == (0, "") and {line.split()[1] for line in out.splitlines()[1:]} == set(
+        ["eins", "zwei", "drei", "vier", "fünf"]
+    )
+
+
+def test_weights_without_preprocessing_are_announced(run: Run, photos: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bare.safetensors"
+    dpn_jax.save(dpn_jax.create_model(TINY, rngs=nnx.Rngs(0)), path)
+    code, _, err = run("classify", photos / "a.png", "--weights", path)
+    assert code == 0 and len(err.splitlines()) == 1 and "does not say how to prepare images" in err
+
+
+def test_models_lists_every_variant_and_tag(run: Run) -> None:
+    code, out, err = run("models")
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()[1:]] == [
+        "dpn48b",
+        *sorted(dpn_jax.list_pretrained(), key=_order),
+    ]
+    _, out, _ = run("models", "--format", "json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert rows[4]["weights"] == "dpn92.mx_in1k" and rows[4]["parameters"] == 37668392
+    _, out, _ = run("models", "--format", "csv")
+    assert [row["variant"] for row in csv.DictReader(io.StringIO(out))] == [row["variant"] for row in rows]
+
+
+def _order(tag: str) -> tuple[int, str]:
+    return dpn_jax.list_models().index(tag.split(".")[0]), tag
+
+
+def test_convert_there_and_back(run: Run, tiny_timm_file: Path, tmp_path: Path) -> None:
+    ours, back = tmp_path / "ours.safetensors", tmp_path / "back.safetensors"
+    code, out, err = run("convert", tiny_timm_file, ours)
+    assert (code, err) == (0, "") and "flax layout" in out
+    code, out, _ = run("convert", ours, back)
+    assert code == 0 and "timm layout" in out
+    assert back.read_bytes() == tiny_timm_file.read_bytes()
+    code, out, err = run("convert", tiny_timm_file, ours)
+    assert code == 2 and "exists already" in err and "--force" in err and len(err.splitlines()) == 1
+    assert run("convert", tiny_timm_file, ours, "--force")[0] == 0
+    code, _, err = run("convert", tiny_timm_file, tmp_path / "x.pth")
+    assert code == 2 and ".safetensors" in err
+
+
+def test_a_reader_that_leaves_ends_it_quietly(weights: Path, photos: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(
+        [*COMMAND, "classify", photos, "--weights", weights], stdout=write, stderr=subprocess.PIPE, timeout=120
+    )
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (1, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line(weights: Path, photos: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(
+            [*COMMAND, "classify", photos, "--weights", weights], stdout=full, stderr=subprocess.PIPE, timeout=120
+        )
+    assert ended.returncode == 2
+    assert ended.stderr.decode().splitlines() == ["dpn-jax: output: No space left on device"]
+
+
+def test_ctrl_c_ends_it_cleanly(weights: Path, photos: Path) -> None:
+    many = [str(photos / "a.png")] * 5_000
+    with subprocess.Popen(
+        [*COMMAND, "classify", *many, "--weights", weights], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as child:
+        child.stdout.readline()  # it is at work
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert err.decode().splitlines() == ["dpn-jax: interrupted"]

@@ -1,0 +1,69 @@
+"""The library stands alone: no torch, no timm, imports one way."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dpn_jax
+
+PACKAGE = Path(dpn_jax.__file__).parent
+MODULES = sorted(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("*.py"))
+
+BLOCK = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "timm", "torchvision", "orbax", "grain", "tensorboardX"}:
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Block())
+"""
+
+LAYERS = [
+    {"config"},
+    {"layers", "weights", "preprocess"},
+    {"model", "tensors", "hub"},
+    {"checkpoint"},
+    {"inference"},
+    {"cli"},
+]
+
+
+def test_every_module_imports_without_torch_and_timm() -> None:
+    script = BLOCK + "import importlib\n" + "".join(f"importlib.import_module({name!r})\n" for name in MODULES)
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, timeout=120)
+
+
+def test_importing_touches_no_network_library_and_no_device() -> None:
+    script = (
+        "import sys, dpn_jax, jax\n"
+        "assert 'huggingface_hub' not in sys.modules\n"
+        "assert not jax._src.xla_bridge.backends_are_initialized()\n"
+        "assert not jax.config.jax_compilation_cache_dir and not jax.config.jax_enable_x64\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_imports_run_one_way(path: Path) -> None:
+    if path.stem == "__init__":
+        return
+    level = next(level for level, names in enumerate(LAYERS) if path.stem in names)
+    allowed = set.union(set(), *LAYERS[:level])
+    imported = {
+        node.module.split(".")[1]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dpn_jax.")
+    }
+    assert imported <= allowed, f"{path.name} imports {sorted(imported - allowed)}"
+
+
+def test_public_names_are_there() -> None:
+    names = "list_models list_pretrained create_model from_pretrained preprocessing save load Classifier DPN DPNConfig"
+    for name in names.split():
+        assert callable(getattr(dpn_jax, name))
+    assert (PACKAGE / "py.typed").is_file()

@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+import dpn_jax
+from dpn_jax.preprocess import ImageError
+from tests.test_model import TINY
+
+
+@pytest.fixture(scope="module")
+def classifier() -> dpn_jax.Classifier:
+    model = dpn_jax.create_model(TINY, rngs=nnx.Rngs(0))
+    transform = dpn_jax.preprocessing(dpn_jax.Preprocessing(image_size=32))
+    return dpn_jax.Classifier(model, transform=transform, labels="abcde", batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[np.ndarray]:
+    return [np.random.default_rng(seed).integers(0, 256, (40, 50, 3), np.uint8) for seed in range(11)]
+
+
+def test_one_image_and_many_agree_whatever_the_padding(
+    classifier: dpn_jax.Classifier, pictures: list[np.ndarray]
+) -> None:
+    together = classifier(pictures, top_k=5)
+    assert len(together) == 11
+    for picture, expected in zip(pictures, together, strict=True):
+        alone = classifier(picture, top_k=5)
+        assert [prediction.label for prediction in alone] == [prediction.label for prediction in expected]
+        np.testing.assert_allclose([p.probability for p in alone], [p.probability for p in expected], rtol=1e-5)
+        assert sum(p.probability for p in alone) == pytest.approx(1)
+        assert [p.probability for p in alone] == sorted((p.probability for p in alone), reverse=True)
+        assert all(p.label == "abcde"[p.index] for p in alone)
+
+
+def test_probabilities_are_the_models(classifier: dpn_jax.Classifier, pictures: list[np.ndarray]) -> None:
+    model = dpn_jax.create_model(TINY, rngs=nnx.Rngs(0))
+    model.eval()
+    expected = jax.nn.softmax(model(classifier.transform(pictures[0])[None])[0])
+    got = {prediction.index: prediction.probability for prediction in classifier(pictures[0])}
+    np.testing.assert_allclose([got[index] for index in range(5)], expected, rtol=1e-5)
+
+
+def test_a_bad_image_does_not_stop_the_others(
+    classifier: dpn_jax.Classifier, pictures: list[np.ndarray], tmp_path: Path
+) -> None:
+    good = tmp_path / "good.png"
+    Image.fromarray(pictures[0]).save(good)
+    sources = [good, tmp_path / "missing.jpg", *pictures[1:5], tmp_path / "missing too.jpg", good]
+    results = list(classifier.stream(sources))
+    assert [isinstance(result, ImageError) for result in results] == [False, True, *[False] * 4, True, False]
+    assert results[0] == results[-1] == classifier(str(good))
+    with pytest.raises(ImageError, match=r"missing\.jpg"):
+        classifier(sources)
+
+
+def test_a_batch_of_bad_images_only(classifier: dpn_jax.Classifier) -> None:
+    assert all(
+        isinstance(result, ImageError) for result in classifier.stream(["no", "none", "nothing", "nowhere", "x"])
+    )
+    assert classifier([]) == []
+
+
+def test_few_sizes_are_compiled(pictures: list[np.ndarray]) -> None:
+    model = dpn_jax.create_model(TINY, rngs=nnx.Rngs(0))
+    classifier = dpn_jax.Classifier(
+        model, transform=dpn_jax.preprocessing(dpn_jax.Preprocessing(image_size=32)), batch_size=4
+    )
+    for count in (1, 2, 3, 4, 5, 7, 11):
+        classifier(pictures[:count])
+    assert classifier._forward._cache_size() == 3  # 1, 2 and 4
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 6])
+def test_top_k_out_of_range(classifier: dpn_jax.Classifier, pictures: list[np.ndarray], top_k: int) -> None:
+    with pytest.raises(ValueError, match=f"top_k must be 1 to 5, got {top_k}"):
+        classifier(pictures[0], top_k=top_k)
+
+
+def test_unfit_arguments() -> None:
+    model = dpn_jax.create_model(TINY, rngs=nnx.Rngs(0))
+    for options, message in [
+        ({"labels": ["a", "b"]}, "5 classes, but there are 2 labels"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"transform": dpn_jax.preprocessing(dpn_jax.Preprocessing(mean=(0.5,), std=(0.5,)))}, "reads 3 channels"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            dpn_jax.Classifier(model, **options)
+    for changes in ({"num_classes": 0}, {"global_pool": ""}):
+        with pytest.raises(ValueError, match="one score per class"):
+            dpn_jax.Classifier(dpn_jax.create_model(TINY, **changes, rngs=nnx.Rngs(0)))
+
+
+def test_imagenet_labels_come_with_1000_classes() -> None:
+    classifier = dpn_jax.Classifier(dpn_jax.create_model(TINY, num_classes=1000, rngs=nnx.Rngs(0)))
+    assert classifier.labels[281] == "tabby, tabby cat"
+    assert classifier.synsets[281] == "n02123045"
+
+
+def test_grey_images_for_one_channel(pictures: list[np.ndarray]) -> None:
+    classifier = dpn_jax.Classifier(dpn_jax.create_model(TINY, in_channels=1, rngs=nnx.Rngs(0)))
+    assert classifier.transform(pictures[0]).shape == (224, 224, 1)
+    assert len(classifier(pictures[0])) == 5
