@@ -22,6 +22,7 @@ def main(
     model: str | None = None,
     force: bool = False,
     allow_nonfinite: bool = False,
+    untrained: bool = False,
 ) -> None:
     """Rewrite timm's weights as one of our files.
 
@@ -31,12 +32,13 @@ def main(
       model: the variant, when it should not be recognised from the file.
       force: overwrite an existing destination.
       allow_nonfinite: take NaN, infinity and negative running variances.
+      untrained: with timm:NAME, timm's random initial weights, to try things out where there is no network.
     """
     with tempfile.TemporaryDirectory() as folder:
         if source.startswith("timm:"):
             import safetensors.torch
 
-            pretrained = import_timm().create_model(source.removeprefix("timm:"), pretrained=True)
+            pretrained = import_timm().create_model(source.removeprefix("timm:"), pretrained=not untrained)
             source = str(Path(folder) / f"{source.removeprefix('timm:')}.safetensors")
             safetensors.torch.save_file(pretrained.state_dict(), source, metadata={"format": "pt"})
         read = convert(source, destination, to="flax", model=model, overwrite=force, allow_nonfinite=allow_nonfinite)

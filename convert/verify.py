@@ -63,12 +63,11 @@ def compare(checkpoint: str | Path, images: np.ndarray, dtype: str, *, model: st
 
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
         ours = dpn_jax.from_pretrained(checkpoint, model=model, dtype=dtype, param_dtype=dtype)
-        theirs = create_timm_model(ours.config)
+        theirs = create_timm_model(ours.config).to(getattr(torch, dtype))  # before it loads, or float64 values are cut
         with tempfile.TemporaryDirectory() as folder:
             timms = Path(folder) / "timm.safetensors"
             convert(checkpoint, timms, to="timm", model=model)
             theirs.load_state_dict(safetensors.torch.load_file(timms), strict=True)
-        theirs.to(getattr(torch, dtype))
         got = dict(_named(*_forward(ours, jnp.asarray(images, dtype))))
         with torch.no_grad():
             batch = torch.from_numpy(images).permute(0, 3, 1, 2).to(getattr(torch, dtype))

@@ -53,14 +53,15 @@ class DPNConfig:
       residual_width: channels of the first stage's residual path; doubles each stage.
       stem_features: channels of the stem.
       stem_kernel: size of the stem's kernel, odd.
-      split_expand: a block ends with one norm and two separate 1x1 convolutions (timm's `b`), not with one that is split.
+      split_expand: a block ends with one norm and two separate 1x1 convolutions (timm's `b`), not with one that is
+        split.
       outer_activation: 'relu' or 'silu', of the stem and the final norm; inside the blocks it is always ReLU.
       num_classes: width of the classifier; 0 leaves it out.
       in_channels: channels of the images.
       global_pool: 'avg', 'max', 'avgmax' (their mean), 'catavgmax' (both, concatenated) or '' (none: a map of logits).
       drop_rate: dropout before the classifier, in [0, 1).
-      test_time_pool: 0, or the window of timm's test-time pooling (7 for 224-pixel training): average over the window at
-        stride 1, classify every place, then the mean of the average and the maximum. The paper's mean-max pooling.
+      test_time_pool: 0, or the window of timm's test-time pooling (7 for 224-pixel training): average over the window
+        at stride 1, classify every place, then the mean of the average and the maximum. The paper's mean-max pooling.
 
     Raises:
       ValueError: a field is out of its range; the message names it and the value.

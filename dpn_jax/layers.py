@@ -1,7 +1,7 @@
 """The building blocks: convolution, norm with activation, and pooling. Everything is `[B, H, W, C]`.
 
-A *part* is one of several tensors that together are one feature map, split along the channels. Norms and convolutions take
-a map whole or in parts, so that the residual and the dense path of a block are never concatenated just to be read.
+A *part* is one of several tensors that together are one feature map, split along the channels. Norms and convolutions
+take a map whole or in parts, so that the residual and the dense path of a block are never concatenated just to be read.
 """
 
 from collections.abc import Callable
@@ -33,8 +33,8 @@ class Conv(nnx.Module):
       use_bias: adds a bias.
       dtype: dtype of the arithmetic and the result.
       param_dtype: dtype of the parameters.
-      rngs: source of the initial values, `U(-1/sqrt(fan_in), 1/sqrt(fan_in))` for kernel and bias as in torch. None leaves
-        the parameters abstract (`jax.ShapeDtypeStruct`), for loaded ones to be put in.
+      rngs: source of the initial values, `U(-1/sqrt(fan_in), 1/sqrt(fan_in))` for kernel and bias as in torch. None
+        leaves the parameters abstract (`jax.ShapeDtypeStruct`), for loaded ones to be put in.
 
     Source: `torch.nn.Conv2d.reset_parameters`, `timm.layers.padding.get_padding`.
     """
@@ -88,9 +88,9 @@ class Conv(nnx.Module):
 class NormAct(nnx.Module):
     """Batch norm, then an activation, with torch's conventions.
 
-    In training it normalises with the batch's biased variance and moves the running variance towards the unbiased one, as
-    torch does (Flax's BatchNorm moves it towards the biased one). The variance takes two passes: `E[x^2] - E[x]^2` can
-    come out negative. Statistics are computed in float32 at least.
+    In training it normalises with the batch's biased variance and moves the running variance towards the unbiased one,
+    as torch does (Flax's BatchNorm moves it towards the biased one). The variance takes two passes: `E[x^2] - E[x]^2`
+    can come out negative. Statistics are computed in float32 at least.
 
     Args:
       channels: channels normalised.
@@ -176,7 +176,7 @@ class NormAct(nnx.Module):
 
 
 class NormActConv(nnx.Module):
-    """Norm, activation, convolution: DPN's pre-activation unit (`BnActConv2d` in timm). Arguments as `NormAct` and `Conv`."""
+    """Norm, activation, convolution: DPN's pre-activation unit, timm's `BnActConv2d`. Arguments as for `Conv`."""
 
     def __init__(
         self,

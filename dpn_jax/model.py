@@ -131,13 +131,13 @@ class DualPathBlock(nnx.Module):
 class DPN(nnx.Module):
     """A Dual Path Network: images `[B, H, W, in_channels]` -> logits `[B, num_classes]`.
 
-    Made in training mode, like every NNX module: `model.eval()` switches to the running statistics and turns dropout off.
+    Made in training mode, like every NNX module; `model.eval()` switches to the running statistics, without dropout.
 
     Args:
       config: the architecture.
       dtype: dtype of the arithmetic and of the results.
       param_dtype: dtype of the parameters and the running statistics.
-      remat: recompute each block's inside in the backward pass instead of keeping it: less memory, about a third more time.
+      remat: recompute each block's inside in the backward pass instead of keeping it: less memory, more time.
       rngs: streams `params` (initial values) and, where `drop_rate` is not 0, `dropout`. None leaves every parameter
         abstract (`jax.ShapeDtypeStruct`), for loaded ones to be put in.
 
@@ -185,8 +185,8 @@ class DPN(nnx.Module):
           images: `[B, H, W, in_channels]`, normalised floats, at least 32 pixels a side to leave one feature each.
 
         Returns:
-          Logits `[B, num_classes]`; with `global_pool=""` `[B, H/32, W/32, num_classes]`; with `num_classes=0` the pooled
-          features.
+          Logits `[B, num_classes]`; with `global_pool=""` `[B, H/32, W/32, num_classes]`; with `num_classes=0` the
+          pooled features.
 
         Raises:
           ValueError: the shape or the dtype of the images does not fit.
@@ -241,15 +241,16 @@ class DPN(nnx.Module):
 
         Args:
           images: as for `__call__`.
-          indices: which ones; 0 is the stem (before its max-pool, stride 2) and 1, 2, ... the stages (strides 4, 8, ...).
-            Negative ones count from the end, an integer n takes the last n, None takes all. They come in the network's order.
+          indices: which ones; 0 is the stem (before its max-pool, stride 2) and 1, 2, ... the stages (strides 4, 8,
+            ...). Negative ones count from the end, an integer n takes the last n, None takes all. They come in the
+            network's order.
           norm: apply the final norm and activation to the last stage's features.
           stop_early: compute nothing after the last one wanted.
           intermediates_only: return only the list.
 
         Returns:
-          `(features, intermediates)`: features as from `forward_features` (where `stop_early` stopped before the last stage,
-          the last intermediate computed) and a list of `[B, h, w, c]`; or the list alone.
+          `(features, intermediates)`: features as from `forward_features` (where `stop_early` stopped before the last
+          stage, the last intermediate computed) and a list of `[B, h, w, c]`; or the list alone.
 
         Raises:
           ValueError: an index is out of range.
@@ -326,7 +327,8 @@ def create_model(
     """A freshly initialised DPN, in training mode.
 
     Args:
-      name: a variant ('dpn92'), a pretrained tag (its architecture only; weights come from `from_pretrained`) or a config.
+      name: a variant ('dpn92'), a pretrained tag (its architecture only; weights come from `from_pretrained`) or a
+        config.
       dtype, param_dtype, remat: see `DPN`.
       rngs: see `DPN`; `nnx.Rngs(0)` when left out.
       changes: any field of `DPNConfig`, such as `num_classes`, `in_channels`, `global_pool` or `drop_rate`.

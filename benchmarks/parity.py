@@ -1,0 +1,39 @@
+"""How equal the port is to timm: `python -m benchmarks.parity`, the table in the README.
+
+timm's models with random norm statistics and affine parameters (the published weights are on the hub, which this
+command does not need), on real photos prepared as for the variant's default weights. The errors are the largest of any
+stage, the features, the pooled features and the logits.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.report import print_setting
+from convert.verify import compare
+from dpn_jax.config import VARIANTS, default_preprocessing
+from dpn_jax.preprocess import Transform
+from tests.parity import reference
+from tests.parity.photos import PHOTOS
+
+
+def main() -> None:
+    """Prints a row for each variant."""
+    print_setting("benchmarks.parity")
+    print(f"\n| variant | float64 | float32 | top-5 of {len(PHOTOS)} photos |\n|---|---|---|---|")
+    for variant, config in VARIANTS.items():
+        transform = Transform(default_preprocessing(config))
+        images = np.stack([transform(photo) for photo in PHOTOS])
+        with tempfile.TemporaryDirectory() as folder:
+            path = reference.write(reference.randomised(variant), Path(folder) / f"{variant}.safetensors")
+            *double, top5_double = compare(path, images, "float64")
+            *single, top5_single = compare(path, images, "float32")
+        equal = top5_double.largest == top5_single.largest == 0
+        worst = [max(row.relative for row in rows) for rows in (double, single)]
+        print(f"| {variant} | {worst[0]:.1e} | {worst[1]:.1e} | {'equal' if equal else 'DIFFERENT'} |", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Quickstart: DPN in JAX, from timm's weights
+#
+# Load a Dual Path Network, look at what it sees, classify photos, and compare every stage with timm.
+#
+# With a network, set `TAG = "dpn92.mx_in1k"` and `ONLINE = True`. Without one, timm's random initial weights stand in
+# for the published ones: the labels are then arbitrary, and still exactly those that timm gives.
+
+# %%
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+
+import dpn_jax
+from dpn_jax.checkpoint import convert
+
+ONLINE = False
+TAG = "dpn68b.ra_in1k"
+# the notebook may run from its folder or from the checkout
+samples = next(folder for folder in (Path("samples"), Path("../samples")) if folder.is_dir())
+photos = sorted(samples.glob("*.jpg"))
+work = Path(tempfile.mkdtemp())
+
+# %% [markdown]
+# ## Weights
+#
+# `from_pretrained` takes a tag, a hub id, or a file of timm's or ours. `convert` rewrites timm's layout as ours
+# (and back, byte for byte) without torch; here torch is only needed to make the stand-in.
+
+# %%
+if ONLINE:
+    convert(TAG, work / "flax.safetensors")
+else:
+    import safetensors.torch
+    import torch
+
+    from convert.timm_import import import_timm
+
+    torch.manual_seed(0)
+    stand_in = import_timm().create_model(TAG, pretrained=False)
+    safetensors.torch.save_file(stand_in.state_dict(), work / "timm.safetensors", metadata={"format": "pt"})
+    convert(work / "timm.safetensors", work / "flax.safetensors")
+
+model = dpn_jax.load(work / "flax.safetensors")
+model.config
+
+# %% [markdown]
+# ## What the network sees
+#
+# The transform is timm's, bit for bit: resize the shorter side, crop the centre, normalise.
+
+# %%
+transform = dpn_jax.preprocessing(TAG)
+figure, axes = plt.subplots(2, len(photos), figsize=(4 * len(photos), 7))
+for photo, (above, below) in zip(photos, axes.T, strict=True):
+    above.imshow(Image.open(photo))
+    above.set_title(photo.name)
+    below.imshow(transform.crop(photo))
+    below.set_title(f"resized and cropped to {transform.preprocessing.image_size} pixels")
+for axis in axes.flat:
+    axis.axis("off")
+plt.show()
+
+# %% [markdown]
+# ## Top-5
+
+# %%
+classifier = dpn_jax.Classifier(model, transform=transform)
+results = classifier(photos, top_k=5)
+figure, axes = plt.subplots(1, len(photos), figsize=(6 * len(photos), 2.5), layout="constrained")
+for photo, result, axis in zip(photos, results, axes, strict=True):
+    axis.barh([best.label.split(",")[0] for best in result][::-1], [best.probability for best in result][::-1])
+    axis.set_title(photo.name)
+    axis.set_xlabel("probability")
+plt.show()
+
+# %% [markdown]
+# ## Features
+#
+# `forward_intermediates` gives the stem and the stages; `forward_features` the last map, `forward_head` what follows.
+
+# %%
+images = np.stack([transform(photo) for photo in photos])
+features, stages = model.forward_intermediates(images)
+for index, stage in enumerate(stages):
+    print(index, stage.shape)
+
+# %% [markdown]
+# ## The same as timm?
+#
+# `python -m convert.verify FILE` prints this for any checkpoint.
+
+# %%
+from convert.verify import compare
+
+rows = compare(work / "flax.safetensors", images, "float32")
+for row in rows:
+    print(f"{row.name:<10} {row.shape!s:<22} relative error {row.relative:.1e}")
+assert all(row.within(1e-5) for row in rows)
