@@ -4,6 +4,7 @@ What `dpn-jax convert --to flax` does, and also takes weights through timm itsel
 `timm.create_model("dpn92.mx_in1k", pretrained=True)`, with timm's cache, URLs and local overrides.
 """
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -36,13 +37,22 @@ def main(
     """
     with tempfile.TemporaryDirectory() as folder:
         if source.startswith("timm:"):
-            import safetensors.torch
-
-            pretrained = import_timm().create_model(source.removeprefix("timm:"), pretrained=not untrained)
-            source = str(Path(folder) / f"{source.removeprefix('timm:')}.safetensors")
-            safetensors.torch.save_file(pretrained.state_dict(), source, metadata={"format": "pt"})
+            source = _ask_timm(source.removeprefix("timm:"), Path(folder), pretrained=not untrained)
         read = convert(source, destination, to="flax", model=model, overwrite=force, allow_nonfinite=allow_nonfinite)
     print(f"{destination}: {len(read.file)} tensors; check it with: python -m convert.verify {destination}")
+
+
+def _ask_timm(name: str, folder: Path, *, pretrained: bool) -> Path:
+    """Has timm make a model, and writes it into a folder as timm would for the hub."""
+    import safetensors.torch
+
+    model = import_timm().create_model(name, pretrained=pretrained)
+    checkpoint = folder / f"timm:{name}"
+    checkpoint.mkdir()
+    safetensors.torch.save_file(model.state_dict(), checkpoint / "model.safetensors", metadata={"format": "pt"})
+    config = {"architecture": model.pretrained_cfg["architecture"], "pretrained_cfg": model.pretrained_cfg}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    return checkpoint
 
 
 if __name__ == "__main__":

@@ -27,6 +27,14 @@ def test_there_and_back_through_pth(tiny_timm_file: Path, tmp_path: Path, capfd:
     assert "exists already" in capfd.readouterr().err
 
 
+def test_weights_that_timm_makes_keep_their_preprocessing(tmp_path: Path) -> None:
+    ours = tmp_path / "dpn68b.safetensors"
+    assert run(timm_to_flax.main, ["timm:dpn68b.ra_in1k", str(ours), "--untrained"]) == 0
+    provenance = dpn_jax.load(ours).provenance
+    assert provenance.source == "timm:dpn68b.ra_in1k"
+    assert provenance.preprocessing == dpn_jax.preprocessing("dpn68b.ra_in1k").preprocessing
+
+
 def test_verify_agrees(tiny_timm_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(verify.main, [str(tiny_timm_file), "--size", "64"]) == 0
     out, err = capfd.readouterr()
