@@ -7,6 +7,7 @@ from dpn_jax.config import DPNConfig as DPNConfig
 from dpn_jax.config import Preprocessing as Preprocessing
 from dpn_jax.config import list_models as list_models
 from dpn_jax.config import list_pretrained as list_pretrained
+from dpn_jax.fast import fast_forward as fast_forward
 from dpn_jax.inference import Classifier as Classifier
 from dpn_jax.inference import Prediction as Prediction
 from dpn_jax.model import DPN as DPN

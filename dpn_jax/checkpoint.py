@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from dpn_jax.config import DPNConfig, Preprocessing, get_config
-from dpn_jax.hub import locate
+from dpn_jax.hub import locate, promised_sha256
 from dpn_jax.model import DPN, Provenance
 from dpn_jax.tensors import FileStamp, LazyTensor, TensorFile, read_tensors, sha256, write_tensors
 from dpn_jax.weights import CheckpointError, Entry, check, infer_config, is_timm, table, to_flax, to_timm, with_ends_of
@@ -62,21 +62,28 @@ class Checkpoint:
         Raises:
           CheckpointError: they differ.
         """
-        promised = self.provenance.sha256
-        if promised and self.is_timm and sha256(self.file.paths) != promised:
-            path = self.file.paths[0]
-            raise CheckpointError(f"{path}: SHA-256 is not the hub's, the download is damaged; delete {path.resolve()}")
+        for path in self.file.paths:
+            promised = promised_sha256(path)
+            if promised and sha256([path]) != promised:
+                raise CheckpointError(
+                    f"{path}: SHA-256 is not the hub's, the download is damaged; delete {path.resolve()}"
+                )
 
-    def check_values(self) -> None:
+    def check_values(self, dtype: np.dtype | None = None) -> None:
         """Reads every value.
+
+        Args:
+          dtype: what the values will be cast to.
 
         Raises:
           CheckpointError: NaN, infinity, a negative running variance; the message lists every tensor at fault.
         """
         problems = []
         for entry in table(self.config):
-            if (tensor := self.tensor(entry)) and (problem := _problem(entry, tensor.read())):
-                problems.append(f"{self.name(entry)}: {problem}")
+            if tensor := self.tensor(entry):
+                kept = tensor.dtype if dtype is None or entry.is_counter else dtype
+                if problem := _problem(entry, _cast(tensor.read(), kept)):
+                    problems.append(f"{self.name(entry)}: {problem}")
         if problems:
             _raise_problems(self.file.paths[0], problems)
 
@@ -100,15 +107,17 @@ def open_checkpoint(
     for note in file.notes:
         logger.warning("%s: %s", located.weights.name, note)
     try:
-        if is_timm(file) or not file.metadata.get("format") == _FORMAT:
+        if is_timm(file) or file.metadata.get("format") != _FORMAT:
             config = _timm_config(file, model or located.variant)
-            provenance = Provenance(
-                located.source, located.sha256, located.preprocessing, located.class_names, file.stamps()
-            )
+            if located.global_pool is not None and model is None:
+                config = config.replace(global_pool=located.global_pool)
+            sha256 = promised_sha256(located.weights)
+            provenance = Provenance(located.source, sha256, located.preprocessing, located.class_names, file.stamps())
         else:
-            config, provenance = _own_metadata(file.metadata)
+            config, provenance = _own_metadata(file)
             config = config if model is None else _named_config(model)
-            check(config, file.shapes)
+        check(config, file.shapes)
+        _check_dtypes(file)
     except CheckpointError as error:
         raise CheckpointError(
             f"{located.weights}: {error}", missing=error.missing, unknown=error.unknown, misshaped=error.misshaped
@@ -139,8 +148,8 @@ def from_pretrained(
         (.safetensors, the .index.json of a sharded one, .pth, .bin), or a folder with config.json and weights.
       model: the variant or config, when it should not be recognised from the file.
       num_classes: another number than the file's gets a freshly initialised classifier; 0 none.
-      in_channels: another number than the file's adapts the first convolution by timm's rule: 1 sums the colours, N repeats
-        them and scales by 3/N.
+      in_channels: another number than the file's adapts the first convolution by timm's rule: 1 sums the colours, N
+        repeats them and scales by 3/N.
       global_pool, drop_rate, test_time_pool: see `DPNConfig`.
       dtype: dtype of the arithmetic.
       param_dtype: dtype of the parameters, whatever the file's is.
@@ -169,8 +178,10 @@ def from_pretrained(
     body = config.replace(num_classes=0) if fresh_head else config
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as background:
         verified = background.submit(checkpoint.verify_download)
-        arrays = _read_arrays(checkpoint, body, param_dtype, allow_nonfinite=allow_nonfinite)
-        verified.result()
+        try:
+            arrays = _read_arrays(checkpoint, body, param_dtype, allow_nonfinite=allow_nonfinite)
+        finally:
+            verified.result()  # a damaged download explains every other complaint
     built = _assemble(body, arrays, jnp.dtype(dtype), jnp.dtype(param_dtype), remat)
     built.provenance = checkpoint.provenance
     if fresh_head:
@@ -251,27 +262,33 @@ def convert(
     destination = Path(destination)
     if destination.suffix != ".safetensors":
         raise ValueError(f"{destination}: the name must end in .safetensors, which timm and dpn_jax both read")
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be a floating-point one, got {jnp.dtype(dtype)}")
+    dtype = None if dtype is None else np.dtype(dtype)
     checkpoint = open_checkpoint(source, model=model, revision=revision)
-    if any(destination.exists() and path.samefile(destination) for path in checkpoint.file.paths):
-        raise CheckpointError(f"{destination}: is the source itself; name another file")
+    try:
+        if any(destination.exists() and path.samefile(destination) for path in checkpoint.file.paths):
+            raise CheckpointError(f"{destination}: is the source itself; name another file")
+    except OSError as error:
+        raise CheckpointError(f"{destination}: {error.strerror or error}") from error
+    checkpoint.verify_download()
     if not allow_nonfinite:
-        checkpoint.check_values()
+        checkpoint.check_values(dtype)
     to = to or ("flax" if checkpoint.is_timm else "timm")
     tensors: dict[str, LazyTensor] = {}
     for entry in table(checkpoint.config):
         if (tensor := checkpoint.tensor(entry)) is None:
             continue
-        kept = tensor.dtype if dtype is None or entry.is_counter else np.dtype(jnp.dtype(dtype))
+        kept = tensor.dtype if dtype is None or entry.is_counter else dtype
         if to == "flax":
-            read = functools.partial(_cast, tensor, kept)
+            read = functools.partial(lambda tensor, kept: _cast(tensor.read(), kept), tensor, kept)
             tensors[entry.flax] = LazyTensor(entry.flax_shape, kept, read)
         else:
             kept = np.dtype(np.int64) if entry.is_counter else kept
             read = functools.partial(
-                lambda entry, tensor, kept: to_timm(entry, _cast(tensor, kept)), entry, tensor, kept
+                lambda entry, tensor, kept: to_timm(entry, _cast(tensor.read(), kept)), entry, tensor, kept
             )
             tensors[entry.timm] = LazyTensor(entry.timm_shape, kept, read)
-    checkpoint.verify_download()
     metadata = {"format": "pt"} if to == "timm" else _metadata(checkpoint.config, checkpoint.provenance)
     write_tensors(destination, tensors, metadata, overwrite=overwrite)
     return checkpoint
@@ -307,10 +324,10 @@ def adapt_input_channels(kernel: np.ndarray, in_channels: int) -> np.ndarray:
 
 def _timm_config(file: TensorFile, model: str | DPNConfig | None) -> DPNConfig:
     if model is None:
+        if "stem.conv.kernel" in file:
+            raise CheckpointError("has dpn_jax's tensors without its metadata; name the architecture with model=")
         return infer_config(file.shapes)
-    config = with_ends_of(_named_config(model), file.shapes) if is_timm(file) else _named_config(model)
-    check(config, file.shapes)
-    return config
+    return with_ends_of(_named_config(model), file.shapes) if is_timm(file) else _named_config(model)
 
 
 def _named_config(model: str | DPNConfig) -> DPNConfig:
@@ -336,17 +353,39 @@ def _metadata(config: DPNConfig, provenance: Provenance) -> dict[str, str]:
     }
 
 
-def _own_metadata(metadata: Mapping[str, str]) -> tuple[DPNConfig, Provenance]:
+def _check_dtypes(file: TensorFile) -> None:
+    strange = tuple(
+        sorted(
+            f"{name}: {t.dtype}" for name, t in file.items() if t.shape and not jnp.issubdtype(t.dtype, jnp.floating)
+        )
+    )
+    if strange:
+        details = "".join(f"\n  {name}" for name in strange)
+        raise CheckpointError(f"{len(strange)} tensors are not floating-point (first: {strange[0]}){details}")
+
+
+def _own_metadata(file: TensorFile) -> tuple[DPNConfig, Provenance]:
     try:
-        config = DPNConfig(**json.loads(metadata["config"]))
-        fields = json.loads(metadata["provenance"])
-        if fields["preprocessing"] is not None:
-            fields["preprocessing"] = Preprocessing(**fields["preprocessing"])
-        if fields["class_names"] is not None:
-            fields["class_names"] = tuple(str(name) for name in fields["class_names"])
-        return config, Provenance(**fields)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        config = DPNConfig(**json.loads(file.metadata["config"]))
+        if sum(config.depths) > len(file):  # a network that would never be done
+            raise ValueError(f"depths={config.depths} for {len(file)} tensors")
+        fields = json.loads(file.metadata["provenance"])
+        preprocessing, class_names = fields["preprocessing"], fields["class_names"]
+        provenance = Provenance(
+            source=_text(fields["source"]),
+            sha256=_text(fields["sha256"]),
+            preprocessing=None if preprocessing is None else Preprocessing(**preprocessing),
+            class_names=None if class_names is None else tuple(map(_text, class_names)),
+        )
+        return config, provenance
+    except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(f"damaged metadata, or written by a newer dpn_jax ({error})") from error
+
+
+def _text(value: object) -> str | None:
+    if not isinstance(value, str | None):
+        raise TypeError(f"expected text, got {value!r}")
+    return value
 
 
 def _needs_fresh_head(given: DPNConfig, wanted: DPNConfig, *, explicit: bool) -> bool:
@@ -356,8 +395,8 @@ def _needs_fresh_head(given: DPNConfig, wanted: DPNConfig, *, explicit: bool) ->
         return False
     if not explicit:
         raise ValueError(
-            f"global_pool={wanted.global_pool!r} gives the classifier {wanted.head_features} features, but the checkpoint's "
-            f"reads {given.head_features}; pass num_classes to start a new one"
+            f"global_pool={wanted.global_pool!r} gives the classifier {wanted.head_features} features, but the "
+            f"checkpoint's reads {given.head_features}; pass num_classes to start a new one"
         )
     return True
 
@@ -371,15 +410,19 @@ def _read_arrays(
     for entry in table(config):
         tensor = checkpoint.tensor(given[entry.flax])
         array = np.zeros((), np.int32) if tensor is None else tensor.read()
-        if problem := None if allow_nonfinite else _problem(entry, array):
-            problems.append(f"{checkpoint.name(entry)}: {problem}")
         if entry.flax == "stem.conv.kernel":
             array = adapt_input_channels(array, config.in_channels)
-        arrays[entry.flax] = array.astype(jnp.int32 if entry.is_counter else param_dtype, copy=False)
+        if not entry.is_counter:
+            array = _cast(array, np.dtype(param_dtype))
+        if problem := None if allow_nonfinite else _problem(entry, array):
+            problems.append(f"{checkpoint.name(entry)}: {problem}")
+        array = _cast(array, np.dtype(np.int32)) if entry.is_counter else array
+        # JAX would use an aligned array where it lies (may_alias=False or not), and a mapped file may change
+        is_view = array.flags.c_contiguous and not array.flags.owndata
+        arrays[entry.flax] = array.copy() if is_view else array
     if problems:
         _raise_problems(checkpoint.file.paths[0], problems)
-    # never alias: the arrays are views of a mapped file, which may change
-    return dict(zip(arrays, jax.device_put(list(arrays.values()), may_alias=False), strict=True))
+    return dict(zip(arrays, jax.block_until_ready(jax.device_put(list(arrays.values()))), strict=True))
 
 
 def _assemble(
@@ -405,9 +448,9 @@ def _problem(entry: Entry, array: np.ndarray) -> str | None:
     """What makes a tensor's values unusable."""
     with np.errstate(all="ignore"):
         # a finite sum has no NaN or infinity in it; only where it overflowed is every value looked at
-        if not np.isfinite(np.sum(array, dtype=np.float64 if array.itemsize < 4 else None)):
-            if not np.isfinite(array).all():
-                return "NaN or infinity"
+        total = np.sum(array, dtype=np.float64 if array.itemsize < 4 else None)
+        if not np.isfinite(total) and not np.isfinite(array).all():
+            return "NaN or infinity"
     if entry.flax.endswith(".var") and (array < 0).any():
         return "a negative running variance"
     return None
@@ -419,8 +462,9 @@ def _raise_problems(path: Path, problems: list[str]) -> None:
     raise CheckpointError(f"{path}: {problems[0]}{more}; --allow-nonfinite (allow_nonfinite=True) takes it{details}")
 
 
-def _cast(tensor: LazyTensor, dtype: np.dtype) -> np.ndarray:
-    return tensor.read().astype(dtype, copy=False)
+def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(all="ignore"):  # what does not fit becomes infinite
+        return array.astype(dtype, copy=False)
 
 
 def _variable(model: DPN, name: str) -> nnx.Variable:

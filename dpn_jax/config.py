@@ -148,6 +148,17 @@ class DPNConfig:
         """A copy with some fields changed, checked like a new one."""
         return dataclasses.replace(self, **changes)
 
+    def check_images(self, shape: tuple[int, ...], dtype: object) -> None:
+        """Refuses what is no batch of images for this architecture.
+
+        Raises:
+          ValueError: the shape is not `[B, H, W, in_channels]`, or the values are not floats.
+        """
+        if len(shape) != 4 or shape[-1] != self.in_channels or 0 in shape:
+            raise ValueError(f"images must be [B, H, W, {self.in_channels}], got {list(shape)}")
+        if "float" not in str(dtype):
+            raise ValueError(f"images must be normalised floats (see dpn_jax.preprocessing), got {dtype}")
+
     def multiply_adds(self, height: int = 224, width: int = 224) -> int:
         """Multiply-adds of every convolution for one image (what the field reports as MACs).
 

@@ -6,10 +6,11 @@ the client's environment variables work as everywhere.
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from dpn_jax.config import PRETRAINED, VARIANTS, Preprocessing, unknown_name_message
+from dpn_jax.config import POOLS, PRETRAINED, VARIANTS, Preprocessing, unknown_name_message
 from dpn_jax.weights import CheckpointError
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # timm's order of preference
@@ -27,34 +28,48 @@ class Located(NamedTuple):
     """The architecture's name, where the source tells it."""
     preprocessing: Preprocessing | None = None
     class_names: tuple[str, ...] | None = None
-    sha256: str | None = None
-    """What the file's SHA-256 must be, where the hub tells it."""
+    global_pool: str | None = None
+    """The pool, where the weights were trained with another one than the variant's."""
 
 
 def locate(source: str | Path, *, revision: str | None = None) -> Located:
     """Turns what a user names into a file on this machine, downloading it where needed.
 
     Args:
-      source: a pretrained tag ('dpn92.mx_in1k'), a hub id ('timm/dpn92.mx_in1k', 'hf-hub:julien-c/timm-dpn92'), a file, or a
-        folder with `config.json` and the weights.
+      source: a pretrained tag ('dpn92.mx_in1k'), a hub id ('timm/dpn92.mx_in1k', 'hf-hub:julien-c/timm-dpn92'), a file,
+        or a folder with `config.json` and the weights.
       revision: branch, tag or commit on the hub.
 
     Raises:
       CheckpointError: there is no such file, or the hub or the network does not give it.
-      ValueError: the name is neither a file nor a tag nor a hub id; the nearest tags are suggested.
+      ValueError: the name is neither a file nor a tag nor a hub id; the right or the nearest tags are suggested.
     """
     name = str(source)
     path = Path(source)
     is_hub_id = name.startswith(_PREFIXES)
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
-    if isinstance(source, Path) or (not is_hub_id and (path.exists() or _looks_like_file(name))):
-        return _local_folder(path) if path.is_dir() else Located(path, source=path.name)
+    try:
+        if isinstance(source, Path) or (not is_hub_id and (path.exists() or _looks_like_file(name))):
+            return _local_folder(path) if path.is_dir() else Located(path, source=path.name)
+    except OSError as error:  # such as a name that is too long
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
     if name in PRETRAINED:
         name = f"timm/{name}"
+    if name in VARIANTS:
+        tags = [tag for tag, pretrained in PRETRAINED.items() if pretrained.variant == name]
+        weights = f"its weights are {' or '.join(tags)}" if tags else "no weights are published for it"
+        raise ValueError(f"{name!r} is an architecture; {weights}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ValueError(unknown_name_message(str(source), [*PRETRAINED, *VARIANTS]))
+        raise ValueError(unknown_name_message(str(source), PRETRAINED))
     return _download(name, revision)
+
+
+def promised_sha256(path: Path) -> str | None:
+    """What the hub promised for a file in its client's cache: the SHA-256 of a large file, None for a small one."""
+    # .../snapshots/<commit>/<file> -> ../../blobs/<SHA-256>, which may itself link to a store under another hash
+    blob = path.readlink() if path.is_symlink() else path
+    return blob.name if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name) else None
 
 
 def _looks_like_file(name: str) -> bool:
@@ -76,30 +91,39 @@ def _download(repository: str, revision: str | None) -> Located:
     import huggingface_hub  # slow to import, and not needed for local files
     from huggingface_hub import errors
 
-    def fetch(filename: str, *, cached: bool = False) -> Path:
-        return Path(huggingface_hub.hf_hub_download(repository, filename, revision=revision, local_files_only=cached))
+    unreachable: Exception | None = None
 
-    def fetch_weights() -> Path:
-        first_error = None
-        for filename in _WEIGHTS:
-            try:
-                # once the hub did not answer, only the cache is asked for the other names
-                return fetch(filename, cached=isinstance(first_error, errors.LocalEntryNotFoundError))
-            except errors.EntryNotFoundError as error:
-                first_error = first_error or error
-        if isinstance(first_error, errors.LocalEntryNotFoundError):
-            raise first_error
-        raise CheckpointError(f"{repository}: has none of {', '.join(_WEIGHTS)} on the hub")
+    def fetch(filename: str) -> Path | None:
+        """None where it is not; once the hub did not answer, only the cache is asked for the other files."""
+        nonlocal unreachable
+        only_cache = unreachable is not None
+        try:
+            path = huggingface_hub.hf_hub_download(repository, filename, revision=revision, local_files_only=only_cache)
+        except errors.LocalEntryNotFoundError as error:
+            unreachable = unreachable or error
+        except errors.EntryNotFoundError:
+            pass
+        else:
+            return Path(path)
+        return None
+
+    def fetch_first(filenames: Iterable[str]) -> Path:
+        if path := next((path for filename in filenames if (path := fetch(filename))), None):
+            return path
+        if unreachable:
+            raise unreachable
+        raise CheckpointError(f"{repository}: has none of {', '.join(filenames)} on the hub")
 
     try:
-        weights = fetch_weights()
+        if tag := PRETRAINED.get(repository.removeprefix("timm/")):
+            described = {"variant": tag.variant, "preprocessing": tag.preprocessing}
+        else:  # before the weights, since it may tell that they are not a DPN's; our own files do without it
+            config = fetch("config.json")
+            described = _read_config(config) if config else {}
+        weights = fetch_first(_WEIGHTS)
         if weights.name.endswith(".index.json"):
             for shard in sorted(set(json.loads(weights.read_bytes())["weight_map"].values())):
-                fetch(shard)
-        tag = PRETRAINED.get(repository.removeprefix("timm/"))
-        described = (
-            {"variant": tag.variant, "preprocessing": tag.preprocessing} if tag else _read_config(fetch("config.json"))
-        )
+                fetch_first([shard])
     except CheckpointError:
         raise
     except errors.LocalEntryNotFoundError as error:
@@ -114,10 +138,8 @@ def _download(repository: str, revision: str | None) -> Located:
     except Exception as error:  # whatever the client or the HTTP library below it (three so far) lets through
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{repository}: the download failed: {reason[:200]}") from error
-    commit = weights.parent.name  # .../snapshots/<commit>/<file> -> ../../blobs/<SHA-256 of a large file>
-    blob = weights.resolve().name
-    sha256 = blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None
-    return Located(weights, source=f"{repository}@{commit}", sha256=sha256, **described)
+    commit = weights.parent.name  # .../snapshots/<commit>/<file>
+    return Located(weights, source=f"{repository}@{commit}", **described)
 
 
 def _read_config(path: Path) -> dict[str, object]:
@@ -125,10 +147,16 @@ def _read_config(path: Path) -> dict[str, object]:
     try:
         config = json.loads(path.read_bytes())
         fields = config.get("pretrained_cfg", config)
+        architecture, pool = config.get("architecture"), config.get("model_args", {}).get("global_pool")
+        if architecture not in (None, *VARIANTS):
+            raise ValueError(f"its architecture {architecture!r} is not a DPN")
+        if pool not in (None, *POOLS):
+            raise ValueError(f"its global_pool {pool!r} is none of {POOLS}")
         labels = config.get("label_names") or config.get("labels") or fields.get("label_names")
         fraction = fields.get("crop_pct")
         return {
-            "variant": config.get("architecture"),
+            "variant": architecture,
+            "global_pool": pool,
             "preprocessing": Preprocessing(
                 image_size=fields["input_size"][-1],
                 crop_fraction=0.875 if fraction is None else fraction,
@@ -138,7 +166,5 @@ def _read_config(path: Path) -> dict[str, object]:
             ),
             "class_names": tuple(str(label) for label in labels) if labels else None,
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: not the config.json of a timm model ({type(error).__name__}: {error})"
-        ) from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not the config.json of a timm DPN ({type(error).__name__}: {error})") from error

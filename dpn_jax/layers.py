@@ -13,6 +13,12 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from dpn_jax.grouped import Lanes as Lanes
+from dpn_jax.grouped import Merged as Merged
+from dpn_jax.grouped import Native as Native
+from dpn_jax.grouped import convolve
+from dpn_jax.grouped import grouped_conv as grouped_conv
+
 Features = TypeVar("Features", bound=jax.Array | tuple[jax.Array, ...])
 """A feature map `[B, H, W, C]`, or a tuple of parts whose channels add up to C."""
 
@@ -21,9 +27,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": nnx.relu, "s
 
 class Conv(nnx.Module):
     """A 2-D convolution that pads `kernel_size // 2` on every side.
-
-    Not `"SAME"`: at stride 2 and an even size that pads one pixel less, and only on the far side, so that every output
-    sits half a stride away from where the weights were trained.
 
     Args:
       in_channels, out_channels: channels read and written.
@@ -68,21 +71,10 @@ class Conv(nnx.Module):
         (first, kernel_of_first), *rest = zip(
             jax.tree.leaves(x), split_channels(kernel, x, axis=2 if self.groups == 1 else None), strict=True
         )
-        y = self._convolve(first, kernel_of_first)
+        y = convolve(first.astype(self.dtype), kernel_of_first, stride=self.stride, groups=self.groups)
         for part, kernel_of_part in rest:
-            y += self._convolve(part, kernel_of_part)
+            y += convolve(part.astype(self.dtype), kernel_of_part, stride=self.stride)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
-
-    def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        pad = self.kernel_size // 2
-        return lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel,
-            window_strides=(self.stride, self.stride),
-            padding=((pad, pad), (pad, pad)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=self.groups,
-        )
 
 
 class NormAct(nnx.Module):

@@ -4,7 +4,7 @@ Every block carries two tensors. It reads both, *adds* to the residual path and 
 features are re-used as in a ResNet and explored as in a DenseNet.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -221,12 +221,8 @@ class DPN(nnx.Module):
         Raises:
           ValueError: the features are smaller than `test_time_pool`.
         """
-        if self.config.test_time_pool:
-            return self._test_time_head(features, pre_logits=pre_logits)
-        x = self.dropout(global_pool(features, self.config.global_pool))
-        if self.classifier is not None and not pre_logits:
-            x = self.classifier(x)
-        return x[:, 0, 0] if self.config.global_pool else x
+        classifier = None if pre_logits else self.classifier
+        return pool_and_classify(features, self.config, classifier, dropout=self.dropout)
 
     def forward_intermediates(
         self,
@@ -300,18 +296,8 @@ class DPN(nnx.Module):
             x = _call_remat(block, x) if self.remat else block(x)
         return x
 
-    def _test_time_head(self, features: jax.Array, *, pre_logits: bool) -> jax.Array:
-        """timm's `TestTimePoolHead`: overlapping windows the size of the training features, each classified."""
-        x = window_average(features, self.config.test_time_pool)
-        if self.classifier is not None and not pre_logits:
-            x = self.classifier(x)
-        return global_pool(x, "avgmax")[:, 0, 0]
-
     def _checked(self, images: jax.Array) -> jax.Array:
-        if images.ndim != 4 or images.shape[-1] != self.config.in_channels or 0 in images.shape:
-            raise ValueError(f"images must be [B, H, W, {self.config.in_channels}], got {list(images.shape)}")
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(f"images must be normalised floats (see dpn_jax.preprocessing), got {images.dtype}")
+        self.config.check_images(images.shape, images.dtype)
         return images.astype(self.dtype)
 
 
@@ -345,6 +331,23 @@ def create_model(
     config = name if isinstance(name, DPNConfig) else get_config(name)
     rngs = nnx.Rngs(0) if rngs is None else rngs
     return DPN(config.replace(**changes), dtype=dtype, param_dtype=param_dtype, remat=remat, rngs=rngs)
+
+
+def pool_and_classify(
+    features: jax.Array,
+    config: DPNConfig,
+    classify: Callable[[jax.Array], jax.Array] | None,
+    dropout: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """The head: pools `[B, H, W, C]`, then calls the 1x1 convolution `classify`; at test time the other way round."""
+    if config.test_time_pool:
+        # timm's TestTimePoolHead: overlapping windows the size of the training features, each classified
+        x = window_average(features, config.test_time_pool)
+        return global_pool(x if classify is None else classify(x), "avgmax")[:, 0, 0]
+    x = global_pool(features, config.global_pool)
+    x = x if dropout is None else dropout(x)
+    x = x if classify is None else classify(x)
+    return x[:, 0, 0] if config.global_pool else x
 
 
 def split_paths(x: jax.Array, residual_channels: int) -> DualPath:

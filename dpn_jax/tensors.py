@@ -11,6 +11,7 @@ import os
 import pickle
 import secrets
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -59,7 +60,7 @@ class FileStamp(NamedTuple):
     @classmethod
     def of(cls, path: str | Path) -> "FileStamp":
         """The file as it is now."""
-        status = os.stat(path)
+        status = Path(path).stat()
         return cls(str(path), status.st_size, status.st_mtime_ns)
 
 
@@ -108,8 +109,8 @@ def read_tensors(path: Path) -> TensorFile:
     """Opens a checkpoint; the format is told from the content, not from the name.
 
     Args:
-      path: a safetensors file, the `.index.json` of a sharded one, or a `.pth`/`.bin` file (which needs torch, and is read
-        with `torch.load(weights_only=True)` only: no code in it runs).
+      path: a safetensors file, the `.index.json` of a sharded one, or a `.pth`/`.bin` file (which needs torch, and is
+        read with `torch.load(weights_only=True)` only: no code in it runs).
 
     Returns:
       The tensors, `module.` and `_orig_mod.` stripped from their names.
@@ -118,16 +119,23 @@ def read_tensors(path: Path) -> TensorFile:
       CheckpointError: the file is missing, damaged, malicious or of another kind.
     """
     try:
-        if not path.is_file():
-            raise CheckpointError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
-        if path.name.endswith(".json"):
-            return _without_prefixes(_read_sharded(path))
-        with path.open("rb") as file:
-            start = file.read(2)
-        is_pickle = start[:1] == b"\x80" or start == b"PK"
-        return _without_prefixes(_read_torch(path) if is_pickle else _read_safetensors(path))
+        return _without_prefixes(_read_sharded(path) if path.name.endswith(".json") else _read_file(path))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
+
+
+def _read_file(path: Path) -> TensorFile:
+    _check_is_file(path)
+    with path.open("rb") as file:
+        start = file.read(9)
+    # safetensors begin with 8 bytes of length, which may look like anything, and a brace
+    is_pickle = start.startswith((b"\x80", b"PK")) and not start.endswith(b"{")
+    return _read_torch(path) if is_pickle else _read_safetensors(path)
+
+
+def _check_is_file(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
 
 
 def _read_safetensors(path: Path) -> TensorFile:
@@ -162,6 +170,7 @@ def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _read_sharded(path: Path) -> TensorFile:
+    _check_is_file(path)
     try:
         shards = json.loads(path.read_bytes())["weight_map"]
         names = sorted(set(shards.values()))
@@ -171,7 +180,7 @@ def _read_sharded(path: Path) -> TensorFile:
         raise CheckpointError(f"{path}: not an index of sharded safetensors ({_one_line(error)})") from error
     tensors: dict[str, LazyTensor] = {}
     for name in names:
-        for tensor, value in read_tensors(path.with_name(name)).items():
+        for tensor, value in _read_file(path.with_name(name)).items():
             if shards.get(tensor) != name:
                 raise CheckpointError(f"{path}: {name} holds {tensor!r}, which the index places elsewhere")
             tensors[tensor] = value
@@ -186,20 +195,26 @@ def _read_torch(path: Path) -> TensorFile:
     except ImportError as error:
         raise CheckpointError(f'{path}: PyTorch files need torch; pip install "dpn-jax[convert]"') from error
     try:
+        mmap = zipfile.is_zipfile(path) and path.suffix != ".safetensors"  # torch would go by that name
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            with path.open("rb") as file, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # an error says it all
+                content = torch.load(path if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{path}: refused: more than tensors in it, or damaged ({_one_line(error)})"
             ) from error
         notes = []
-        while isinstance(content, Mapping) and (key := next((key for key in _WRAPPERS if key in content), None)):
+        for _ in range(2):  # a pickle can contain itself
+            wrappers = _WRAPPERS if isinstance(content, Mapping) else ()
+            if (key := next((key for key in wrappers if content.get(key) is not None), None)) is None:
+                break
             content = content[key]
             notes.append(f"took the tensors under {key!r}")
         if not isinstance(content, Mapping):
             raise CheckpointError(f"{path}: holds {type(content).__name__}, not tensors by name")
-        if strange := next((name for name, value in content.items() if not isinstance(value, torch.Tensor)), None):
-            raise CheckpointError(f"{path}: {strange!r} is not a tensor")
+        if strange := [name for name, value in content.items() if not isinstance(value, torch.Tensor)]:
+            raise CheckpointError(f"{path}: {strange[0]!r} is not a tensor")
         tensors = {str(name): _lazy_torch(path, str(name), value) for name, value in content.items()}
     except CheckpointError:
         raise
@@ -213,13 +228,12 @@ def _lazy_torch(path: Path, name: str, tensor: object) -> LazyTensor:
     dtypes = {dtype.name: dtype for dtype in _DTYPES}
     if code not in dtypes:
         raise CheckpointError(f"{path}: {name} has dtype {code}; expected one of {', '.join(dtypes)}")
-
-    def read() -> np.ndarray:
-        if code == "bfloat16":  # numpy() does not know it: hand over the bits
-            return tensor.detach().view(importlib.import_module("torch").int16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.detach().numpy()
-
-    return LazyTensor(tuple(tensor.shape), dtypes[code], read)
+    tensor = tensor.detach()
+    if code == "bfloat16":  # numpy() does not know it: hand over the bits
+        array = tensor.view(importlib.import_module("torch").int16).numpy().view(ml_dtypes.bfloat16)
+    else:
+        array = tensor.numpy()  # a view of the mapped file
+    return LazyTensor(array.shape, array.dtype, lambda: array)
 
 
 def _without_prefixes(file: TensorFile) -> TensorFile:
@@ -256,8 +270,15 @@ def write_tensors(
     Raises:
       CheckpointError: the file exists and `overwrite` is not set, or it cannot be written.
     """
-    if not overwrite and path.exists():
-        raise CheckpointError(f"{path}: exists already; overwrite it with --force (overwrite=True)")
+    try:
+        if not overwrite and path.exists():
+            raise CheckpointError(f"{path}: exists already; overwrite it with --force (overwrite=True)")
+        _write_atomically(path, _serialised(tensors, metadata))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _serialised(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
     order = sorted(tensors, key=lambda name: (_DTYPE_ORDER.index(tensors[name].dtype), name))
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
@@ -267,17 +288,10 @@ def write_tensors(
         header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-
-    def chunks() -> Iterator[bytes | memoryview]:
-        yield struct.pack("<Q", len(text)) + text
-        for name in order:
-            array = np.ascontiguousarray(tensors[name].read())
-            yield array.reshape(-1).view(np.uint8).data
-
-    try:
-        _write_atomically(path, chunks())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
+    yield struct.pack("<Q", len(text)) + text
+    for name in order:
+        array = np.ascontiguousarray(tensors[name].read())
+        yield array.reshape(-1).view(np.uint8).data
 
 
 def _write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:

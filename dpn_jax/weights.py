@@ -1,9 +1,10 @@
 """timm's parameter names and layouts and ours, side by side: an explicit, bijective table made from the config.
 
-numpy and `dpn_jax.config` only. timm keeps the names of its first release (`features.conv3_1.c1x1_w_s2.bn.weight`), where
-the stage count starts at 2 and a projection's name tells its stride; ours are the attributes of `dpn_jax.model`.
+numpy and `dpn_jax.config` only. timm keeps the names of its first release (`features.conv3_1.c1x1_w_s2.bn.weight`),
+where the stage count starts at 2 and a projection's name tells its stride; ours are the attributes of `dpn_jax.model`.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -53,7 +54,7 @@ class Entry(NamedTuple):
 
     @property
     def is_counter(self) -> bool:
-        """Whether it is torch's count of training steps: int64 in timm, and absent from files older than torch 0.4.1."""
+        """Whether it is torch's count of training steps: int64 in timm, absent from files older than torch 0.4.1."""
         return not self.timm_shape
 
     @property
@@ -70,6 +71,7 @@ class Entry(NamedTuple):
         return (height, width, in_channels, out_channels)
 
 
+@functools.lru_cache(maxsize=16)
 def table(config: DPNConfig) -> tuple[Entry, ...]:
     """Every tensor of a model, in timm's order.
 
@@ -209,8 +211,8 @@ def likely_variant(shapes: Mapping[str, Shape]) -> tuple[str, float]:
 def infer_config(shapes: Mapping[str, Shape]) -> DPNConfig:
     """Recovers the architecture from the names and shapes of timm's tensors.
 
-    A variant is recognised whatever its classifier and input channels are. For other architectures the activation of the
-    stem and the final norm, which leaves no trace, is taken to be ReLU.
+    A variant is recognised whatever its classifier and input channels are. For other architectures the activation of
+    the stem and the final norm, which leaves no trace, is taken to be ReLU.
 
     Args:
       shapes: timm's shape by timm's name.
@@ -240,7 +242,7 @@ def infer_config(shapes: Mapping[str, Shape]) -> DPNConfig:
 def with_ends_of(config: DPNConfig, shapes: Mapping[str, Shape]) -> DPNConfig:
     """`config` with the input channels, the classes and the pool's width that the tensors (timm's names) have."""
     changes: dict[str, object] = {}
-    if (stem := shapes.get("features.conv1_1.conv.weight")) and len(stem) == 4:
+    if len(stem := shapes.get("features.conv1_1.conv.weight", ())) == 4 and stem[1]:
         changes["in_channels"] = stem[1]
     classifier = shapes.get("classifier.weight", ())
     has_classifier = "classifier.weight" in shapes or "classifier.bias" in shapes
@@ -264,6 +266,7 @@ def _recover(shapes: Mapping[str, Shape]) -> DPNConfig:
     def depth(stage: int) -> int:
         return next(b for b in itertools.count() if f"features.conv{stage}_{b + 1}.c1x1_a.conv.weight" not in shapes)
 
+    shape("conv2_1.c1x1_a.conv")  # there is at least one block
     stages = range(2, next(s for s in itertools.count(2) if not depth(s)))
     split = "features.conv2_1.c1x1_c1.weight" in shapes
     increments, residuals = [], []

@@ -24,10 +24,10 @@ sys.meta_path.insert(0, Block())
 """
 
 LAYERS = [
-    {"config"},
+    {"config", "grouped"},
     {"layers", "weights", "preprocess"},
     {"model", "tensors", "hub"},
-    {"checkpoint"},
+    {"checkpoint", "fast"},
     {"inference"},
     {"cli"},
 ]

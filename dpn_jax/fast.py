@@ -1,0 +1,258 @@
+"""The same network, rearranged for speed: `fast_forward`. `dpn_jax.model` stays the definition.
+
+A norm that directly follows a convolution is folded into it, the two paths stay apart (a 1x1 convolution over both is
+the sum of two, on kernels that are split once), and the grouped convolution is written as the backend runs it best,
+the order of its channels being folded into the kernels around it. What each choice measured: docs/performance.md.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from dpn_jax.config import StageConfig
+from dpn_jax.grouped import Formulation, Lanes, Merged, Native, convolve
+from dpn_jax.layers import ACTIVATIONS, NormAct, NormActConv, max_pool
+from dpn_jax.model import DPN, DualPath, DualPathBlock, join_paths, pool_and_classify
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a backend runs the network.
+
+    Args:
+      grouped: the grouped convolution's formulation by the most channels a group that it is for, ascending.
+      matmul: 1x1 convolutions as matrix products.
+      shifts: the stem's max-pool as the maximum of shifted maps.
+      barriers: keep what feeds a convolution from being computed again for each of its taps.
+    """
+
+    grouped: tuple[tuple[int, Formulation], ...]
+    matmul: bool = False
+    shifts: bool = False
+    barriers: bool = False
+
+    def formulation(self, per_group: int) -> Formulation:
+        """The grouped convolution's formulation for groups of so many channels."""
+        return next((chosen for most, chosen in self.grouped if per_group <= most), Native())
+
+
+# measured by benchmarks/cpu.py and benchmarks/tpu_compile.py; the GPU's is not measured yet
+PLANS = {
+    "cpu": Plan(grouped=((8, Lanes(chunk=6)), (32, Lanes(chunk=4))), matmul=True, shifts=True, barriers=True),
+    "tpu": Plan(grouped=((32, Merged(width=128, sliced=True)),)),
+    "gpu": Plan(grouped=((32, Merged(width=32)),)),
+}
+
+
+class Affine(NamedTuple):
+    """A norm in eval mode: `x * scale + shift`."""
+
+    scale: jax.Array
+    shift: jax.Array
+
+
+class Unit(NamedTuple):
+    """Norm, activation and 1x1 convolution over one or both paths; the norm that follows is in kernels and bias."""
+
+    norms: tuple[Affine, ...]
+    """One for each path that is read."""
+    kernels: tuple[tuple[jax.Array, ...], ...]
+    """`[I, O]` for each output and each path that is read."""
+    bias: jax.Array | None = None
+
+
+class Block(NamedTuple):
+    """One block's folded parameters."""
+
+    shortcut: Unit | None
+    reduce: Unit
+    grouped: jax.Array
+    grouped_bias: jax.Array
+    expand: tuple[jax.Array, jax.Array]
+    """`[I, O]` for what is added to the residual path, and for what is appended to the dense one."""
+
+
+class Folded(NamedTuple):
+    """The whole network's folded parameters."""
+
+    stem: jax.Array
+    stem_bias: jax.Array
+    stages: tuple[tuple[Block, ...], ...]
+    norms: tuple[Affine, ...]
+    classifier: tuple[jax.Array, jax.Array] | None
+
+
+def fast_forward(model: DPN, *, backend: str | None = None) -> Callable[[jax.Array], jax.Array]:
+    """A jitted forward pass in eval mode, several times faster than `jax.jit(model)`, and equal to it up to rounding.
+
+    Args:
+      model: the model; its parameters are copied, later changes to it are not seen.
+      backend: 'cpu', 'gpu' or 'tpu': whose formulations to take; left out, the default backend's.
+
+    Returns:
+      A function of images `[B, H, W, C]`, normalised floats, that gives what `model(images)` gives. It compiles once
+      for each shape. Its attributes `params` and `apply` (a pure function of params and images) are there for sharding
+      and for ahead-of-time compilation.
+
+    Raises:
+      ValueError: an unknown backend.
+
+    Example:
+      >>> import dpn_jax, jax.numpy as jnp
+      >>> model = dpn_jax.create_model("dpn68", depths=(1, 1, 1, 1), num_classes=3)
+      >>> dpn_jax.fast_forward(model)(jnp.zeros((1, 64, 64, 3))).shape
+      (1, 3)
+    """
+    backend = jax.default_backend() if backend is None else backend
+    if backend not in PLANS:
+        raise ValueError(f"backend must be one of {', '.join(PLANS)}, got {backend!r}")
+    return FastForward(model, PLANS[backend])
+
+
+class FastForward:
+    """What `fast_forward` returns: `params`, and a pure `apply(params, images)`."""
+
+    def __init__(self, model: DPN, plan: Plan) -> None:
+        self.config = model.config
+        self.plan = plan
+        self.dtype = model.dtype
+        self.params = fold(model, plan)
+        self._jitted = jax.jit(self.apply)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps `[B, H, W, C]` to logits `[B, num_classes]`, as the model does."""
+        return self._jitted(self.params, images)
+
+    def apply(self, params: Folded, images: jax.Array) -> jax.Array:
+        """The forward pass, not jitted."""
+        self.config.check_images(images.shape, images.dtype)
+        activate = ACTIVATIONS[self.config.outer_activation]
+        x = activate(convolve(images.astype(self.dtype), params.stem, stride=2) + params.stem_bias)
+        x = self._keep(_shifted_max_pool(x) if self.plan.shifts else max_pool(x))
+        for stage, blocks in zip(self.config.stages, params.stages, strict=True):
+            for index, block in enumerate(blocks):
+                x = self._block(stage, block, x, stride=stage.stride if index == 0 else 1)
+        paths = DualPath(
+            *(activate(path * scale + shift) for path, (scale, shift) in zip(x, params.norms, strict=True))
+        )
+
+        def classify(x: jax.Array) -> jax.Array:
+            kernel, bias = params.classifier
+            return self._pointwise(x, kernel) + bias
+
+        return pool_and_classify(join_paths(paths), self.config, None if params.classifier is None else classify)
+
+    def _block(self, stage: StageConfig, block: Block, x: DualPath | jax.Array, *, stride: int) -> DualPath:
+        paths = x if isinstance(x, DualPath) else (x,)
+        residual, dense = x if block.shortcut is None else self._unit(block.shortcut, paths, stride=stride)
+        (h,) = self._unit(block.reduce, paths)
+        formulation = self.plan.formulation(stage.bottleneck // stage.groups)
+        h = formulation.apply(self._keep(nnx.relu(h)), block.grouped, stride=stride)
+        h = self._keep(nnx.relu(h + block.grouped_bias))
+        added, appended = (self._pointwise(h, kernel) for kernel in block.expand)
+        return self._keep(DualPath(residual + added, jnp.concatenate([dense, appended], axis=-1)))
+
+    def _unit(self, unit: Unit, paths: tuple[jax.Array, ...], *, stride: int = 1) -> list[jax.Array]:
+        # a 1x1 convolution at stride 2 reads every other pixel: nothing is computed on the rest
+        paths = [path[:, ::stride, ::stride] for path in paths]
+        paths = [nnx.relu(path * scale + shift) for path, (scale, shift) in zip(paths, unit.norms, strict=True)]
+        outputs = []
+        for kernels in unit.kernels:
+            first, *rest = (self._pointwise(path, kernel) for path, kernel in zip(paths, kernels, strict=True))
+            total = sum(rest, first)
+            outputs.append(total if unit.bias is None else total + unit.bias)
+        return outputs
+
+    def _pointwise(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if self.plan.matmul:
+            return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+        return convolve(x, kernel[None, None])
+
+    def _keep(self, x: DualPath | jax.Array) -> DualPath | jax.Array:
+        return lax.optimization_barrier(x) if self.plan.barriers else x
+
+
+def fold(model: DPN, plan: Plan) -> Folded:
+    """A model's parameters for `FastForward.apply`, computed in float64 and then cast to the model's dtype."""
+
+    def cast(array: np.ndarray) -> jax.Array:
+        return jnp.asarray(np.ascontiguousarray(array).astype(model.dtype))
+
+    def affines(norm: NormAct, cuts: list[int]) -> tuple[Affine, ...]:
+        scale, shift = _affine(norm)
+        pairs = zip(np.split(scale, cuts), np.split(shift, cuts), strict=True)
+        return tuple(Affine(cast(scale), cast(shift)) for scale, shift in pairs)
+
+    def unit(
+        source: NormActConv, cuts: list[int], outputs: list[int], following: NormAct | None, order: object
+    ) -> Unit:
+        kernel, bias = _kernel(source.conv.kernel)[0, 0], None
+        if following is not None:
+            scale, shift = _affine(following)
+            kernel, bias = (kernel * scale)[:, order], cast(shift[order])
+        kernels = tuple(tuple(map(cast, np.split(part, cuts))) for part in np.split(kernel, outputs, axis=1))
+        return Unit(affines(source.norm, cuts), kernels, bias)
+
+    def folded_block(stage: StageConfig, block: DualPathBlock, cuts: list[int]) -> Block:
+        formulation = plan.formulation(stage.bottleneck // stage.groups)
+        order = formulation.order(stage.bottleneck, stage.groups)
+        order = slice(None) if order is None else order
+        scale, shift = _affine(block.expand.norm)
+        return Block(
+            shortcut=unit(block.shortcut, cuts, [stage.residual], None, order) if block.shortcut else None,
+            reduce=unit(block.reduce, cuts, [], block.grouped.norm, order),
+            grouped=cast(formulation.arrange(_kernel(block.grouped.conv.kernel) * scale, stage.groups)),
+            grouped_bias=cast(shift[order]),
+            expand=tuple(cast(kernel[order]) for kernel in _expand_kernels(block, stage)),
+        )
+
+    scale, shift = _affine(model.stem.norm)
+    cuts: list[int] = []  # where the residual path ends in what a block reads; the stem's output is one map
+    stages = []
+    for stage, blocks in zip(model.config.stages, model.stages, strict=True):
+        folded_blocks = []
+        for block in blocks:
+            folded_blocks.append(folded_block(stage, block, cuts))
+            cuts = [stage.residual]
+        stages.append(tuple(folded_blocks))
+    head = model.classifier
+    return Folded(
+        stem=cast(_kernel(model.stem.conv.kernel) * scale),
+        stem_bias=cast(shift),
+        stages=tuple(stages),
+        norms=affines(model.norm, cuts),
+        classifier=None if head is None else (cast(_kernel(head.kernel)[0, 0]), cast(_kernel(head.bias))),
+    )
+
+
+def _affine(norm: NormAct) -> tuple[np.ndarray, np.ndarray]:
+    """`NormAct` in eval mode as `x * scale + shift`, float64."""
+    scale = _kernel(norm.scale) / np.sqrt(_kernel(norm.var) + norm.epsilon)
+    return scale, _kernel(norm.bias) - _kernel(norm.mean) * scale
+
+
+def _kernel(variable: nnx.Variable) -> np.ndarray:
+    return np.asarray(variable.get_value()).astype(np.float64)
+
+
+def _expand_kernels(block: DualPathBlock, stage: StageConfig) -> list[np.ndarray]:
+    if block.expand.split:
+        return [_kernel(conv.kernel)[0, 0] for conv in (block.expand.residual, block.expand.dense)]
+    return np.split(_kernel(block.expand.conv.kernel)[0, 0], [stage.residual], axis=1)
+
+
+def _shifted_max_pool(x: jax.Array) -> jax.Array:
+    """`max_pool` as the maximum of nine shifted maps: one loop, where XLA's reduce_window on a CPU is many."""
+    height, width = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    shifted = [x[:, dy : dy + height : 2, dx : dx + width : 2] for dy in range(3) for dx in range(3)]
+    total = shifted[0]
+    for part in shifted[1:]:
+        total = jnp.maximum(total, part)
+    return total
