@@ -44,7 +44,7 @@ class Plan:
 
 # measured by benchmarks/cpu.py and benchmarks/tpu_compile.py; the GPU's is not measured yet
 PLANS = {
-    "cpu": Plan(grouped=((8, Lanes(chunk=6)), (32, Lanes(chunk=4))), matmul=True, shifts=True, barriers=True),
+    "cpu": Plan(grouped=((32, Lanes()),), matmul=True, shifts=True, barriers=True),
     "tpu": Plan(grouped=((32, Merged(width=128, sliced=True)),)),
     "gpu": Plan(grouped=((32, Merged(width=32)),)),
 }

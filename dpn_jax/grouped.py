@@ -73,22 +73,21 @@ class Merged(Native):
 class Lanes(Native):
     """Group-minor: channels are stored `[channel of a group, group]`, so that the groups are a CPU's vector lanes.
 
-    The convolution is then a sum of shifted products without any reduction across lanes. The other order of the
-    channels costs nothing where it is folded into the kernels before and after.
+    The convolution is then a sum of shifted products without any reduction across lanes. The other order of the channels
+    costs nothing where it is folded into the kernels before and after.
 
     Args:
-      chunk: input channels of a group that one loop adds up, nine products each. More than about 100 products compile
-        for a minute and run slower.
+      unroll: most channels a group for which the sum is written out, in one loop for each output channel of a group.
+        Above it, about 100 products in a loop, compiling takes a minute and the result is slower.
+      chunk: above it, input channels of a group that one loop adds to all the outputs.
     """
 
-    chunk: int = 6
+    unroll: int = 6
+    chunk: int = 2
 
     def arrange(self, kernel: Array, groups: int) -> Array:
-        """See `Native.arrange`; `[chunks, 9 * chunk, O, groups]`."""
-        per_group = kernel.shape[2]
-        chunk = next(n for n in range(min(self.chunk, per_group), 0, -1) if per_group % n == 0)
-        kernel = kernel.reshape(9, per_group // chunk, chunk, groups, -1)
-        return kernel.transpose(1, 0, 2, 4, 3).reshape(per_group // chunk, 9 * chunk, -1, groups)
+        """See `Native.arrange`; `[9, I, O, groups]`."""
+        return kernel.reshape(9, kernel.shape[2], groups, -1).swapaxes(2, 3)
 
     def order(self, channels: int, groups: int) -> np.ndarray:
         """See `Native.order`."""
@@ -96,26 +95,38 @@ class Lanes(Native):
 
     def apply(self, x: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
         """See `Native.apply`."""
-        chunks, products, outputs, groups = kernel.shape
-        chunk = products // 9
+        _, inputs, outputs, groups = kernel.shape
         batch, height, width, channels = x.shape
-        x = jnp.pad(
-            x.reshape(batch, height, width, channels // groups, groups), ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0))
-        )
-        size = (batch, -(-height // stride), -(-width // stride), outputs, groups)
+        x = x.reshape(batch, height, width, inputs, groups)
+        # XLA would otherwise pad again for each product
+        x = lax.optimization_barrier(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0))))
+        taps = [
+            (slice(None), slice(y, y + height, stride), slice(x, x + width, stride)) for y in range(3) for x in range(3)
+        ]
 
-        def add(index: int | jax.Array, total: jax.Array) -> jax.Array:
-            inputs = x if chunks == 1 else lax.dynamic_slice_in_dim(x, index * chunk, chunk, axis=3)
-            factors = kernel[0] if chunks == 1 else lax.dynamic_index_in_dim(kernel, index, keepdims=False)
-            for product in range(products):
-                (dy, dx), channel = divmod(product // chunk, 3), product % chunk
-                shifted = inputs[:, dy : dy + height : stride, dx : dx + width : stride, channel, None]
-                total += shifted * factors[product]
-            return total
+        def total(x: jax.Array, kernel: jax.Array, start: jax.Array | None = None) -> jax.Array:
+            products = (
+                x[tap][:, :, :, channel, ..., :] * kernel[number, channel]
+                for channel in range(kernel.shape[1])
+                for number, tap in enumerate(taps)
+            )
+            return functools.reduce(jnp.add, products) if start is None else functools.reduce(jnp.add, products, start)
 
-        total = jnp.zeros(size, x.dtype)
-        total = add(0, total) if chunks == 1 else lax.fori_loop(0, chunks, add, total)
-        return total.reshape(*size[:3], outputs * groups)
+        if inputs <= self.unroll:
+            y = jnp.stack([total(x, kernel[:, :, output]) for output in range(outputs)], axis=3)
+        else:
+            chunk = next(n for n in range(self.chunk, 0, -1) if inputs % n == 0)
+
+            def add(index: jax.Array, y: jax.Array) -> jax.Array:
+                part = lax.dynamic_slice_in_dim(x, index * chunk, chunk, axis=3)
+                factors = lax.dynamic_slice_in_dim(kernel, index * chunk, chunk, axis=1)
+                return total(part[:, :, :, :, None], factors, y)
+
+            start = jnp.zeros((batch, -(-height // stride), -(-width // stride), outputs, groups), x.dtype)
+            y = lax.fori_loop(0, inputs // chunk, add, start)
+        # a loop over the flat channels would not be vectorised: only the finished sums are reshaped
+        y = lax.optimization_barrier(y)
+        return y.reshape(*y.shape[:3], outputs * groups)
 
 
 Formulation = Native | Merged | Lanes
