@@ -6,7 +6,8 @@ the order of its channels being folded into the kernels around it. What each cho
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -30,12 +31,14 @@ class Plan:
       matmul: 1x1 convolutions as matrix products.
       shifts: the stem's max-pool as the maximum of shifted maps.
       barriers: keep what feeds a convolution from being computed again for each of its taps.
+      compiler_options: for `jax.jit`, on that backend only.
     """
 
     grouped: tuple[tuple[int, Formulation], ...]
     matmul: bool = False
     shifts: bool = False
     barriers: bool = False
+    compiler_options: tuple[tuple[str, str], ...] = ()
 
     def formulation(self, per_group: int) -> Formulation:
         """The grouped convolution's formulation for groups of so many channels."""
@@ -45,7 +48,10 @@ class Plan:
 # measured by benchmarks/cpu.py and benchmarks/tpu_compile.py; the GPU's is not measured yet
 PLANS = {
     "cpu": Plan(grouped=((32, Lanes()),), matmul=True, shifts=True, barriers=True),
-    "tpu": Plan(grouped=((32, Merged(width=128, sliced=True)),)),
+    "tpu": Plan(
+        grouped=((32, Merged(width=16)),),
+        compiler_options=(("xla_tpu_scoped_vmem_limit_kib", "32768"),),
+    ),
     "gpu": Plan(grouped=((32, Merged(width=32)),)),
 }
 
@@ -88,8 +94,8 @@ class Folded(NamedTuple):
     classifier: tuple[jax.Array, jax.Array] | None
 
 
-def fast_forward(model: DPN, *, backend: str | None = None) -> Callable[[jax.Array], jax.Array]:
-    """A jitted forward pass in eval mode, several times faster than `jax.jit(model)`, and equal to it up to rounding.
+def fast_forward(model: DPN, *, backend: str | None = None) -> "FastForward":
+    """A jitted forward pass in eval mode, faster than `jax.jit(model)` and equal to it up to rounding.
 
     Args:
       model: the model; its parameters are copied, later changes to it are not seen.
@@ -112,22 +118,23 @@ def fast_forward(model: DPN, *, backend: str | None = None) -> Callable[[jax.Arr
     backend = jax.default_backend() if backend is None else backend
     if backend not in PLANS:
         raise ValueError(f"backend must be one of {', '.join(PLANS)}, got {backend!r}")
-    return FastForward(model, PLANS[backend])
+    options = dict(PLANS[backend].compiler_options) if backend == jax.default_backend() else {}
+    return FastForward(model, PLANS[backend], compiler_options=options)
 
 
 class FastForward:
     """What `fast_forward` returns: `params`, and a pure `apply(params, images)`."""
 
-    def __init__(self, model: DPN, plan: Plan) -> None:
+    def __init__(self, model: DPN, plan: Plan, *, compiler_options: Mapping[str, str] | None = None) -> None:
         self.config = model.config
         self.plan = plan
         self.dtype = model.dtype
         self.params = fold(model, plan)
-        self._jitted = jax.jit(self.apply)
+        self.jitted = jax.jit(self.apply, compiler_options=dict(compiler_options or {}))
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps `[B, H, W, C]` to logits `[B, num_classes]`, as the model does."""
-        return self._jitted(self.params, images)
+        return self.jitted(self.params, images)
 
     def apply(self, params: Folded, images: jax.Array) -> jax.Array:
         """The forward pass, not jitted."""
@@ -164,8 +171,8 @@ class FastForward:
         paths = [nnx.relu(path * scale + shift) for path, (scale, shift) in zip(paths, unit.norms, strict=True)]
         outputs = []
         for kernels in unit.kernels:
-            first, *rest = (self._pointwise(path, kernel) for path, kernel in zip(paths, kernels, strict=True))
-            total = sum(rest, first)
+            parts = (self._pointwise(path, kernel) for path, kernel in zip(paths, kernels, strict=True))
+            total = functools.reduce(jnp.add, parts)
             outputs.append(total if unit.bias is None else total + unit.bias)
         return outputs
 
@@ -190,7 +197,12 @@ def fold(model: DPN, plan: Plan) -> Folded:
         return tuple(Affine(cast(scale), cast(shift)) for scale, shift in pairs)
 
     def unit(
-        source: NormActConv, cuts: list[int], outputs: list[int], following: NormAct | None, order: object
+        source: NormActConv,
+        cuts: list[int],
+        *,
+        outputs: list[int],
+        following: NormAct | None = None,
+        order: object = slice(None),
     ) -> Unit:
         kernel, bias = _kernel(source.conv.kernel)[0, 0], None
         if following is not None:
@@ -205,8 +217,8 @@ def fold(model: DPN, plan: Plan) -> Folded:
         order = slice(None) if order is None else order
         scale, shift = _affine(block.expand.norm)
         return Block(
-            shortcut=unit(block.shortcut, cuts, [stage.residual], None, order) if block.shortcut else None,
-            reduce=unit(block.reduce, cuts, [], block.grouped.norm, order),
+            shortcut=None if block.shortcut is None else unit(block.shortcut, cuts, outputs=[stage.residual]),
+            reduce=unit(block.reduce, cuts, outputs=[], following=block.grouped.norm, order=order),
             grouped=cast(formulation.arrange(_kernel(block.grouped.conv.kernel) * scale, stage.groups)),
             grouped_bias=cast(shift[order]),
             expand=tuple(cast(kernel[order]) for kernel in _expand_kernels(block, stage)),

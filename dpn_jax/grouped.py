@@ -73,8 +73,8 @@ class Merged(Native):
 class Lanes(Native):
     """Group-minor: channels are stored `[channel of a group, group]`, so that the groups are a CPU's vector lanes.
 
-    The convolution is then a sum of shifted products without any reduction across lanes. The other order of the channels
-    costs nothing where it is folded into the kernels before and after.
+    The convolution is then a sum of shifted products without any reduction across lanes. The other order of the
+    channels costs nothing where it is folded into the kernels before and after.
 
     Args:
       unroll: most channels a group for which the sum is written out, in one loop for each output channel of a group.
@@ -96,7 +96,7 @@ class Lanes(Native):
     def apply(self, x: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
         """See `Native.apply`."""
         _, inputs, outputs, groups = kernel.shape
-        batch, height, width, channels = x.shape
+        batch, height, width, _ = x.shape
         x = x.reshape(batch, height, width, inputs, groups)
         # XLA would otherwise pad again for each product
         x = lax.optimization_barrier(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0))))

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from dpn_jax.checkpoint import from_pretrained
 from dpn_jax.config import default_preprocessing
+from dpn_jax.fast import fast_forward
 from dpn_jax.model import DPN
 from dpn_jax.preprocess import ImageError, ImageSource, Transform, imagenet_labels
 
@@ -35,7 +35,7 @@ class Classifier:
     """Classifies photos.
 
     Args:
-      model: the model; switched to eval mode. Later changes to it are not seen.
+      model: the model; run in eval mode, in its fast form. Later changes to it are not seen.
       transform: what prepares an image; left out, that of the weights, or of the architecture's default weights.
       labels: a name for each class; left out, the model's own, or ImageNet-1k's.
       batch_size: most images run at once. Fewer are padded to a power of two, so that few sizes are ever compiled.
@@ -90,10 +90,8 @@ class Classifier:
         self.batch_size = batch_size
         self.workers = workers or os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()
         self._device = device
-        model.eval()
-        structure, state = nnx.split(model)
-        self._state = jax.device_put(state, device)
-        self._forward = jax.jit(lambda state, images: nnx.merge(structure, state)(images).astype(jnp.float32))
+        self._forward = fast_forward(model, backend=None if device is None else device.platform)
+        self._params = jax.device_put(self._forward.params, device)
 
     @classmethod
     def from_pretrained(
@@ -171,7 +169,7 @@ class Classifier:
           float32 `[B, num_classes]`.
         """
         parts = [self._dispatch(images[i : i + self.batch_size]) for i in range(0, len(images), self.batch_size)]
-        return np.concatenate([np.asarray(part) for part in parts])
+        return np.concatenate([np.asarray(part, np.float32) for part in parts])
 
     def _stream(self, images: Iterable[ImageSource], top_k: int) -> Iterator[list[Prediction] | ImageError]:
         running: collections.deque[tuple[list[np.ndarray | ImageError], jax.Array | None]] = collections.deque()
@@ -209,12 +207,12 @@ class Classifier:
         size = min(self.batch_size, 1 << (len(images) - 1).bit_length())
         padded = np.zeros((size, *images.shape[1:]), np.float32)
         padded[: len(images)] = images
-        return self._forward(self._state, jax.device_put(padded, self._device))[: len(images)]
+        return self._forward.jitted(self._params, jax.device_put(padded, self._device))[: len(images)]
 
     def _report(
         self, prepared: list[np.ndarray | ImageError], logits: jax.Array | None, top_k: int
     ) -> Iterator[list[Prediction] | ImageError]:
-        rows = iter(()) if logits is None else iter(np.asarray(jax.nn.softmax(logits)))
+        rows = iter(()) if logits is None else iter(np.asarray(jax.nn.softmax(logits.astype(jnp.float32))))
         for image in prepared:
             yield image if isinstance(image, ImageError) else self._best(next(rows), top_k)
 

@@ -1,13 +1,22 @@
 """Fixtures that several test modules share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import jax
 import pytest
 import torch
 
 from convert.timm_import import import_timm
 from tests.checkpoints import save_timm, timm_dpn
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_what_was_compiled() -> Iterator[None]:
+    """Hundreds of compiled programs in one process run into the system's limit of memory maps, which ends it."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,7 @@ def test_few_sizes_are_compiled(pictures: list[np.ndarray]) -> None:
     )
     for count in (1, 2, 3, 4, 5, 7, 11):
         classifier(pictures[:count])
-    assert classifier._forward._cache_size() == 3  # 1, 2 and 4
+    assert classifier._forward.jitted._cache_size() == 3  # 1, 2 and 4
 
 
 @pytest.mark.parametrize("top_k", [0, -1, 6])

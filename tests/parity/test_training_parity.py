@@ -31,17 +31,23 @@ def step(model: dpn_jax.DPN, images: jax.Array, labels: jax.Array) -> tuple[jax.
     return loss, gradients
 
 
+FULL, SHORT = {}, {"k_sec": (1, 2, 1, 1)}
+
+
 @pytest.mark.parametrize(
-    ("name", "remat", "norms"),
+    ("name", "options", "remat", "norms"),
     [
-        ("dpn68b", False, "train"),
-        pytest.param("dpn92", False, "train", marks=pytest.mark.slow),
-        pytest.param("dpn68b", True, "train", marks=pytest.mark.slow),
-        pytest.param("dpn68b", False, "frozen", marks=pytest.mark.slow),
+        ("dpn68b", SHORT, False, "train"),
+        ("dpn68b", SHORT, True, "train"),
+        ("dpn68b", SHORT, False, "frozen"),
+        pytest.param("dpn68b", FULL, False, "train", marks=pytest.mark.slow),
+        pytest.param("dpn92", FULL, False, "train", marks=pytest.mark.slow),
     ],
 )
-def test_three_sgd_steps_equal_timm(name: str, remat: bool, norms: str, tmp_path: Path) -> None:
-    theirs = reference.randomised(name, num_classes=10).train(norms == "train")
+def test_three_sgd_steps_equal_timm(
+    name: str, options: dict[str, object], remat: bool, norms: str, tmp_path: Path
+) -> None:
+    theirs = reference.randomised(name, num_classes=10, **options).train(norms == "train")
     path = reference.write(theirs, tmp_path / "model.safetensors")
     ours = dpn_jax.load(path, dtype="float64", param_dtype="float64", remat=remat)
     ours.train() if norms == "train" else ours.eval()

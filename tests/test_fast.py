@@ -1,0 +1,92 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import dpn_jax
+from dpn_jax.config import DPNConfig
+from dpn_jax.fast import PLANS
+from tests.test_model import TINY
+
+
+def randomised(config: DPNConfig | str, **options: object) -> dpn_jax.DPN:
+    """A model in eval mode whose norms and biases are random: folding fresh ones proves nothing."""
+    model = dpn_jax.create_model(config, **options, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        name = path[-1]
+        if name in ("scale", "var"):
+            variable.set_value(jnp.asarray(rng.uniform(0.5, 2, variable.shape), variable.dtype))
+        elif name in ("mean", "bias"):
+            variable.set_value(jnp.asarray(rng.normal(0, 0.3, variable.shape), variable.dtype))
+    nnx.update(model, nnx.state(model))
+    model.eval()
+    return model
+
+
+def error(model: dpn_jax.DPN, images: jax.Array, backend: str) -> float:
+    expected = np.asarray(nnx.jit(lambda model, x: model(x))(model, images), np.float64)
+    got = np.asarray(dpn_jax.fast_forward(model, backend=backend)(images), np.float64)
+    assert got.shape == expected.shape
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("backend", PLANS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"split_expand": True, "outer_activation": "silu", "in_channels": 1},
+        {"global_pool": "catavgmax"},
+        {"global_pool": "", "stem_kernel": 7},
+        {"num_classes": 0, "global_pool": "max"},
+        {"test_time_pool": 2},
+        {"bottleneck_width": 40, "groups": 10, "residual_width": 12},
+    ],
+    ids=str,
+)
+def test_the_fast_form_is_the_model_in_float64(backend: str, changes: dict[str, object]) -> None:
+    with jax.enable_x64(True):
+        model = randomised(TINY, **changes, dtype="float64", param_dtype="float64")
+        images = jax.random.normal(jax.random.key(0), (2, 45, 64, model.config.in_channels), "float64")
+        assert error(model, images, backend) <= 1e-13
+
+
+@pytest.mark.parametrize("backend", PLANS)
+@pytest.mark.parametrize("name", ["dpn68b", pytest.param("dpn92", marks=pytest.mark.slow)])
+def test_the_fast_form_is_the_model_in_float32(backend: str, name: str) -> None:
+    model = randomised(name, num_classes=20)
+    images = jax.random.normal(jax.random.key(0), (2, 64, 97, 3))
+    assert error(model, images, backend) <= 1e-5
+
+
+def test_bfloat16_folds_before_it_casts() -> None:
+    model = randomised(TINY, dtype=jnp.bfloat16)
+    full = randomised(TINY)
+    images = jax.random.normal(jax.random.key(0), (8, 64, 64, 3))
+    forward = dpn_jax.fast_forward(model)
+    assert forward.params.stages[1][0].reduce.kernels[0][0].dtype == jnp.bfloat16
+    got, expected = np.asarray(forward(images), np.float64), np.asarray(full(images), np.float64)
+    cosine = (got * expected).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(expected, axis=1)
+    assert cosine.min() >= 0.999
+
+
+def test_training_mode_and_later_changes_do_not_matter() -> None:
+    model = randomised(TINY)
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    forward = dpn_jax.fast_forward(model)
+    before = forward(images)
+    model.train()
+    model(images)
+    np.testing.assert_array_equal(forward(images), before)
+    model.eval()
+    assert not np.allclose(model(images), before)
+
+
+def test_wrong_arguments() -> None:
+    model = dpn_jax.create_model(TINY, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="backend must be one of cpu, tpu, gpu, got 'npu'"):
+        dpn_jax.fast_forward(model, backend="npu")
+    with pytest.raises(ValueError, match="normalised floats"):
+        dpn_jax.fast_forward(model)(jnp.zeros((1, 32, 32, 3), jnp.uint8))
