@@ -48,10 +48,11 @@ class Classifier:
 
     Example:
       >>> import dpn_jax
-      >>> model = dpn_jax.create_model("dpn68", depths=(1, 1, 1, 1), num_classes=3, rngs=nnx.Rngs(0))
+      >>> model = dpn_jax.create_model("dpn68", depths=(1, 1, 1, 1), num_classes=3)
       >>> classifier = Classifier(model, labels=("cat", "dog", "bird"))
-      >>> [prediction.index for prediction in classifier(np.zeros((300, 300, 3), np.uint8), top_k=1)]
-      [2]
+      >>> best, second = classifier(np.zeros((300, 300, 3), np.uint8), top_k=2)
+      >>> best.probability >= second.probability
+      True
     """
 
     def __init__(

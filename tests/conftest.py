@@ -12,11 +12,12 @@ from convert.timm_import import import_timm
 from tests.checkpoints import save_timm, timm_dpn
 
 
-@pytest.fixture(autouse=True, scope="module")
-def forget_what_was_compiled() -> Iterator[None]:
-    """Hundreds of compiled programs in one process run into the system's limit of memory maps, which ends it."""
+@pytest.fixture(autouse=True)
+def forget_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Nothing compiled by a slow test is kept: hundreds of networks run into the limit of memory maps, which aborts."""
     yield
-    jax.clear_caches()
+    if request.node.get_closest_marker("slow"):
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

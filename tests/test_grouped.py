@@ -6,7 +6,7 @@ import pytest
 from dpn_jax.layers import Lanes, Merged, Native, grouped_conv
 
 FORMULATIONS = [Merged(8), Merged(32), Merged(10**6), Merged(64, sliced=True), Lanes(), Lanes(unroll=1, chunk=3)]
-CASES = [(96, 96, 32, 1), (48, 96, 16, 2), (48, 24, 4, 1), (40, 40, 10, 2), (10, 20, 5, 1)]
+CASES = [(48, 96, 16, 2), (48, 24, 4, 1), (40, 40, 10, 2)]
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "groups", "stride"), CASES)

@@ -27,7 +27,13 @@ def images() -> jax.Array:
     return jax.random.normal(jax.random.key(0), (2, 32, 48, 3))
 
 
-@pytest.mark.parametrize("name", dpn_jax.list_models())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("dpn68b", "dpn131") else pytest.mark.slow)
+        for name in dpn_jax.list_models()
+    ],
+)
 def test_variants_have_the_right_shapes_without_allocating(name: str) -> None:
     model = nnx.eval_shape(lambda: dpn_jax.create_model(name, num_classes=7, in_channels=4, rngs=nnx.Rngs(0)))
     shapes = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model))}
@@ -74,6 +80,7 @@ def test_jax_transformations(model: dpn_jax.DPN, images: jax.Array) -> None:
     assert gradient.shape == images.shape and bool(jnp.abs(gradient).max() > 0)
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_outputs_gradients_and_statistics(images: jax.Array) -> None:
     plain, remat = (dpn_jax.create_model(TINY, remat=remat, rngs=nnx.Rngs(0)) for remat in (False, True))
     losses = [nnx.jit(nnx.value_and_grad(lambda m, x: jnp.square(m(x)).sum()))(m, images) for m in (plain, remat)]

@@ -6,11 +6,6 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def full_precision() -> Iterator[None]:
-    """float64 is available, and float32 products are not shortened.
-
-    Nothing compiled is kept: a hundred whole networks in one process run into the system's limit of memory maps, and
-    the compiler then aborts the process.
-    """
+    """float64 is available, and float32 products are not shortened."""
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
         yield
-    jax.clear_caches()

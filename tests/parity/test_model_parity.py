@@ -15,12 +15,7 @@ from tests.parity import reference
 
 BOUNDS = {"float64": 1e-10, "float32": 1e-5}
 INPUTS = [(3, 193, 257), (3, 224, 224), (3, 288, 288), (1, 193, 257), (4, 224, 224)]
-QUICK = [("dpn48b", INPUTS[0]), ("dpn92", INPUTS[3])]
-CASES = [
-    pytest.param(name, *shape, marks=() if (name, shape) in QUICK else pytest.mark.slow)
-    for name in dpn_jax.list_models()
-    for shape in INPUTS
-]
+CASES = [(name, *shape) for name in dpn_jax.list_models() for shape in INPUTS]
 
 
 @nnx.jit
@@ -46,6 +41,7 @@ def timm_outputs(model: torch.nn.Module, images: torch.Tensor) -> dict[str, np.n
     return {name: reference.nhwc(value) for name, value in named.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "channels", "height", "width"), CASES)
 def test_every_stage_equals_timm(name: str, channels: int, height: int, width: int, tmp_path: Path) -> None:
     theirs = reference.randomised(name, in_chans=channels)
@@ -93,7 +89,7 @@ def test_catavgmax_is_recognised_from_the_classifier(tmp_path: Path) -> None:
     assert (ours.config.global_pool, ours.config.num_classes) == ("catavgmax", 7)
 
 
-@pytest.mark.parametrize("size", [(320, 320), (256, 321)])
+@pytest.mark.parametrize("size", [(256, 321), pytest.param((320, 320), marks=pytest.mark.slow)])
 def test_test_time_pooling_equals_timm(size: tuple[int, int], tmp_path: Path) -> None:
     from timm.layers.test_time_pool import TestTimePoolHead
 

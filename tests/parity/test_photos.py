@@ -39,6 +39,7 @@ def test_top5_of_real_photos_equals_timms(tag: str, tmp_path: Path) -> None:
         np.testing.assert_allclose([prediction.probability for prediction in got], scores, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_agrees_with_float32_on_real_photos(tmp_path: Path) -> None:
     path = reference.write(reference.randomised("dpn68b", dtype=torch.float32), tmp_path / "model.safetensors")
     transform = dpn_jax.preprocessing("dpn68b.ra_in1k")

@@ -38,8 +38,8 @@ FULL, SHORT = {}, {"k_sec": (1, 2, 1, 1)}
     ("name", "options", "remat", "norms"),
     [
         ("dpn68b", SHORT, False, "train"),
-        ("dpn68b", SHORT, True, "train"),
-        ("dpn68b", SHORT, False, "frozen"),
+        pytest.param("dpn68b", SHORT, True, "train", marks=pytest.mark.slow),
+        pytest.param("dpn68b", SHORT, False, "frozen", marks=pytest.mark.slow),
         pytest.param("dpn68b", FULL, False, "train", marks=pytest.mark.slow),
         pytest.param("dpn92", FULL, False, "train", marks=pytest.mark.slow),
     ],
