@@ -144,7 +144,7 @@ class NormAct(nnx.Module):
 
     def running_statistics(self) -> tuple[jax.Array, jax.Array]:
         """The running mean and variance, `[C]` each, in float32 at least."""
-        dtype = jnp.promote_types(self.mean.dtype, jnp.float32)
+        dtype = _at_least_float32(self.mean.dtype)
         return self.mean[...].astype(dtype), self.var[...].astype(dtype)
 
     def _batch_statistics(self, parts: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -153,7 +153,7 @@ class NormAct(nnx.Module):
             raise ValueError(f"training needs more than one value per channel, got features of {parts[0].shape}")
         means, variances = [], []
         for part in parts:
-            part = part.astype(jnp.promote_types(part.dtype, jnp.float32))
+            part = part.astype(_at_least_float32(part.dtype))
             means.append(part.mean(axis=(0, 1, 2)))
             variances.append(jnp.square(part - means[-1]).mean(axis=(0, 1, 2)))
         mean, var = jnp.concatenate(means), jnp.concatenate(variances)
@@ -197,6 +197,10 @@ class NormActConv(nnx.Module):
     def __call__(self, x: Features) -> jax.Array:
         """Maps `[B, H, W, in_channels]`, whole or in parts, to `[B, H', W', out_channels]`."""
         return self.conv(self.norm(x))
+
+
+def _at_least_float32(dtype: np.dtype) -> np.dtype:
+    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
 def _uniform(

@@ -11,6 +11,8 @@ import torch
 from convert.timm_import import import_timm
 from tests.checkpoints import save_timm, timm_dpn
 
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
 
 @pytest.fixture(autouse=True)
 def forget_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
