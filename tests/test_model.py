@@ -66,6 +66,10 @@ def test_seeds_decide_the_initial_values() -> None:
     assert not np.array_equal(kernel, other.stages[1][0].grouped.conv.kernel[...])
 
 
+def test_a_call_is_features_then_head(model: dpn_jax.DPN, images: jax.Array) -> None:
+    np.testing.assert_array_equal(model(images), model.forward_head(model.forward_features(images)))
+
+
 def test_jax_transformations(model: dpn_jax.DPN, images: jax.Array) -> None:
     expected = nnx.jit(lambda m, x: m(x))(model, images)
     structure, state = nnx.split(model)

@@ -26,7 +26,7 @@ def outputs(model: dpn_jax.DPN, images: jax.Array) -> dict[str, jax.Array]:
     return named | {
         "features": features,
         "pre_logits": model.forward_head(features, pre_logits=True),
-        "logits": model(images),
+        "logits": model.forward_head(features),
     }
 
 
