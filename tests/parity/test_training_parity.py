@@ -75,7 +75,7 @@ def test_three_sgd_steps_equal_timm(
     got = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(ours))}
     for entry_name, value in theirs.state_dict().items():
         entry = entries[entry_name]
-        error = np.abs(got[entry.flax] - to_flax(entry, value.numpy())).max()
+        error = np.abs(np.asarray(got[entry.flax]) - to_flax(entry, value.numpy())).max()
         assert error <= BOUND * max(1, float(value.abs().max())), entry_name
     expected_steps = 3 if norms == "train" else 0
     assert int(ours.norm.steps[...]) == int(theirs.features.conv5_bn_ac.bn.num_batches_tracked) == expected_steps
