@@ -83,7 +83,7 @@ class Classify:
             note(str(failure))
         if not paths:
             return NOTHING_DONE
-        classifier = self._classifier(device, len(paths))
+        classifier = self._classifier(device)
         done = 0
         with contextlib.closing(classifier.stream(paths, top_k=self.top_k)) as results:
             print_header(self.format)
@@ -108,7 +108,7 @@ class Classify:
             else:
                 yield ImageError(f"{printable(name)}: no images in this folder")
 
-    def _classifier(self, device: jax.Device | None, batch_size: int) -> Classifier:
+    def _classifier(self, device: jax.Device | None) -> Classifier:
         model = from_pretrained(
             Path(self.weights) if self.weights else self.model or DEFAULT_TAG,
             model=self.model if self.weights else None,
@@ -130,7 +130,7 @@ class Classify:
             model,
             transform=Transform(settings, exif=self.exif),
             labels=read_labels(self.labels, model.config.num_classes) if self.labels else None,
-            batch_size=batch_size,
+            batch_size=self.batch_size,
             device=device,
         )
 

@@ -89,7 +89,7 @@ class Classifier:
         self.labels = tuple(labels)
         self.synsets = tuple(synsets)
         self.batch_size = batch_size
-        self.workers = workers or os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()
+        self.workers = workers or os.cpu_count()
         self._device = device
         self._forward = fast_forward(model, backend=None if device is None else device.platform)
         self._params = jax.device_put(self._forward.params, device)

@@ -90,6 +90,15 @@ def test_json_and_csv_tell_the_same(run: Run, weights: Path, photos: Path) -> No
     np.testing.assert_allclose([float(row["probability"]) for row in table], probabilities, atol=1e-6)
 
 
+def test_batches_are_as_large_as_asked(run: Run, weights: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, dispatch = [], dpn_jax.Classifier._dispatch
+    monkeypatch.setattr(
+        dpn_jax.Classifier, "_dispatch", lambda self, images: sizes.append(len(images)) or dispatch(self, images)
+    )
+    assert run("classify", photos, "--weights", weights, "--batch-size", 2)[0] == 0
+    assert sizes == [2, 1]
+
+
 def test_the_rest_of_a_batch_is_done(run: Run, weights: Path, photos: Path) -> None:
     (photos / "b.jpg").write_bytes((photos / "b.jpg").read_bytes()[:300])
     (photos / "empty").mkdir()

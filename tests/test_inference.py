@@ -82,6 +82,11 @@ def test_top_k_out_of_range(classifier: dpn_jax.Classifier, pictures: list[np.nd
         classifier(pictures[0], top_k=top_k)
 
 
+def test_workers_are_as_many_as_asked() -> None:
+    model = dpn_jax.create_model(TINY, rngs=nnx.Rngs(0))
+    assert dpn_jax.Classifier(model, workers=1).workers == 1
+
+
 def test_unfit_arguments() -> None:
     model = dpn_jax.create_model(TINY, rngs=nnx.Rngs(0))
     for options, message in [
