@@ -187,8 +187,7 @@ def from_pretrained(
     if fresh_head:
         built.reset_classifier(config.num_classes, rngs=rngs)
     if config.drop_rate:
-        built.dropout = nnx.Dropout(config.drop_rate, rngs=rngs)
-    built.eval()
+        built.dropout = nnx.Dropout(config.drop_rate, deterministic=True, rngs=rngs)
     return built
 
 
