@@ -1,0 +1,125 @@
+"""Every choice of a fine-tuning run, as data (standard library only)."""
+
+import dataclasses
+from typing import Literal
+
+Optimizer = Literal["sgd", "adamw", "lamb", "lion"]
+Norms = Literal["train", "frozen"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """The choices of a fine-tuning run; saved with it, and the options of `dpn-jax finetune`.
+
+    Raises:
+      ValueError: a field is out of its range; the message names it and the value.
+    """
+
+    epochs: int = 10
+    """How often every training image is seen."""
+    batch_size: int = 32
+    """Images in one forward and backward pass, over all devices and hosts."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged for one update of the parameters."""
+    optimizer: Optimizer = "adamw"
+    """sgd has Nesterov-free momentum, as torch's."""
+    learning_rate: float = 1e-3
+    """The highest rate, reached after the warm-up; a cosine takes it down."""
+    final_learning_rate: float = 0.0
+    """The rate at the end."""
+    warmup_epochs: float = 1.0
+    """Epochs over which the rate rises linearly from 0."""
+    momentum: float = 0.9
+    """Of sgd; the first decay rate of the others."""
+    weight_decay: float = 0.05
+    """Decoupled for adamw, lamb and lion, added to the gradient for sgd; never of norms and biases."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate for each block further from the classifier, in (0, 1]."""
+    clip_norm: float | None = None
+    """Longest gradient; longer ones are scaled down."""
+    label_smoothing: float = 0.1
+    """Share of the target spread evenly over all classes."""
+    mixup: float = 0.0
+    """Alpha of mixup's beta distribution; 0 is off."""
+    cutmix: float = 0.0
+    """Alpha of cutmix's beta distribution; 0 is off. With mixup, each batch takes one of the two."""
+    crop_scale: tuple[float, float] = (0.35, 1.0)
+    """Share of an image's area that a random crop takes, from and to; 1 1 takes timm's evaluation crop."""
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Aspect ratio of a random crop, from and to."""
+    flip: float = 0.5
+    """Probability of a mirrored image."""
+    color_jitter: float = 0.0
+    """How far brightness, contrast and saturation may move, in [0, 1]."""
+    randaugment: int = 0
+    """Magnitude of RandAugment, 0 (off) to 10."""
+    randaugment_layers: int = 2
+    """Operations that RandAugment applies to an image."""
+    drop_rate: float = 0.0
+    """Dropout before the classifier, in [0, 1)."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of parameters and norm statistics with this decay, and evaluate it."""
+    freeze: str = "none"
+    """What is not trained: none, stem, stage1 ... (everything up to it), backbone (all but the classifier), weights
+    (all but norms and the classifier)."""
+    norms: Norms = "train"
+    """train normalises with the batch and moves the running statistics; frozen uses the running ones and keeps them.
+    Those of frozen layers are always kept."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the arithmetic; parameters are float32."""
+    remat: bool = False
+    """Compute blocks again in the backward pass: less memory, more time."""
+    image_size: int | None = None
+    """Side of the images, pixels, at least 32; left out, that of the weights."""
+    val_fraction: float = 0.2
+    """Share of each class held out where the folder has no train/ and val/."""
+    seed: int = 0
+    """Of everything that is drawn: the classifier's first values, order, augmentation, dropout."""
+    workers: int = 2
+    """Processes that read and augment images; 0 does it in threads of this one."""
+    skip_broken: bool = False
+    """Go on without images that cannot be read, counted and listed."""
+    checkpoint_every: int | None = None
+    """Updates between checkpoints; left out, one at the end of each epoch."""
+    keep: int = 2
+    """Newest checkpoints that are kept, beside the best."""
+
+    def __post_init__(self) -> None:
+        positive = ("epochs", "batch_size", "accumulate", "randaugment_layers", "keep")
+        whole = (*positive, "randaugment", "workers", "seed")
+        for name in whole:
+            value = getattr(self, name)
+            least = 1 if name in positive else 0
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every!r}")
+        if self.image_size is not None and self.image_size < 32:
+            raise ValueError(f"image_size must be at least 32 pixels, got {self.image_size!r}")
+        ranges = {
+            "learning_rate": (0, float("inf")), "final_learning_rate": (0, self.learning_rate),
+            "warmup_epochs": (0, self.epochs), "momentum": (0, 1), "weight_decay": (0, float("inf")),
+            "layer_decay": (0, 1), "clip_norm": (0, float("inf")), "label_smoothing": (0, 1),
+            "mixup": (0, float("inf")), "cutmix": (0, float("inf")), "flip": (0, 1), "color_jitter": (0, 1),
+            "randaugment": (0, 10), "drop_rate": (0, 1), "ema_decay": (0, 1), "val_fraction": (0, 1),
+        }  # fmt: skip
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}")
+        for name in ("learning_rate", "layer_decay", "clip_norm"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} must be more than 0")
+        for name in ("drop_rate", "label_smoothing", "ema_decay", "val_fraction"):
+            if getattr(self, name) == 1:
+                raise ValueError(f"{name} must be less than 1")
+        for name, high in (("crop_scale", 1.0), ("crop_ratio", float("inf"))):
+            low_value, high_value = getattr(self, name)
+            if not 0 < low_value <= high_value <= high:
+                raise ValueError(f"{name} must rise and be in (0, {high:g}], got {getattr(self, name)!r}")
+        known = ("none", "stem", "backbone", "weights")
+        if self.freeze not in known and not (self.freeze.startswith("stage") and self.freeze[5:].isdigit()):
+            raise ValueError(f"freeze must be {', '.join(known)} or stage1, stage2, ..., got {self.freeze!r}")
+        for name, choices in (("optimizer", Optimizer), ("norms", Norms)):
+            if getattr(self, name) not in choices.__args__:
+                raise ValueError(f"{name} must be one of {choices.__args__}, got {getattr(self, name)!r}")
