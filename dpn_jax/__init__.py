@@ -7,6 +7,9 @@ from dpn_jax.config import DPNConfig as DPNConfig
 from dpn_jax.config import Preprocessing as Preprocessing
 from dpn_jax.config import list_models as list_models
 from dpn_jax.config import list_pretrained as list_pretrained
+from dpn_jax.export import export_model as export_model
+from dpn_jax.export import load_exported as load_exported
+from dpn_jax.fast import fast_apply as fast_apply
 from dpn_jax.fast import fast_forward as fast_forward
 from dpn_jax.inference import Classifier as Classifier
 from dpn_jax.inference import Prediction as Prediction
@@ -14,6 +17,7 @@ from dpn_jax.model import DPN as DPN
 from dpn_jax.model import create_model as create_model
 from dpn_jax.preprocess import ImageError as ImageError
 from dpn_jax.preprocess import preprocessing as preprocessing
+from dpn_jax.throughput import Throughput as Throughput
 from dpn_jax.weights import CheckpointError as CheckpointError
 
 __version__ = "0.1.0"

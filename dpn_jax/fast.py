@@ -7,7 +7,7 @@ the order of its channels being folded into the kernels around it. What each cho
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -29,14 +29,12 @@ class Plan:
     Args:
       grouped: the grouped convolution's formulation by the most channels a group that it is for, ascending.
       matmul: 1x1 convolutions as matrix products.
-      shifts: the stem's max-pool as the maximum of shifted maps.
       barriers: keep what feeds a convolution from being computed again for each of its taps.
       compiler_options: for `jax.jit`, on that backend only.
     """
 
     grouped: tuple[tuple[int, Formulation], ...]
     matmul: bool = False
-    shifts: bool = False
     barriers: bool = False
     compiler_options: tuple[tuple[str, str], ...] = ()
 
@@ -47,7 +45,7 @@ class Plan:
 
 # measured by benchmarks/cpu.py and benchmarks/tpu_compile.py; the GPU's is not measured yet
 PLANS = {
-    "cpu": Plan(grouped=((32, Lanes()),), matmul=True, shifts=True, barriers=True),
+    "cpu": Plan(grouped=((32, Lanes()),), matmul=True, barriers=True),
     "tpu": Plan(
         grouped=((32, Merged(width=16)),),
         compiler_options=(
@@ -118,11 +116,45 @@ def fast_forward(model: DPN, *, backend: str | None = None) -> "FastForward":
       >>> dpn_jax.fast_forward(model)(jnp.zeros((1, 64, 64, 3))).shape
       (1, 3)
     """
-    backend = jax.default_backend() if backend is None else backend
-    if backend not in PLANS:
-        raise ValueError(f"backend must be one of {', '.join(PLANS)}, got {backend!r}")
-    options = dict(PLANS[backend].compiler_options) if backend == jax.default_backend() else {}
-    return FastForward(model, PLANS[backend], compiler_options=options)
+    plan = _plan(backend)
+    options = dict(plan.compiler_options) if plan is PLANS.get(jax.default_backend()) else {}
+    return FastForward(model, plan, compiler_options=options)
+
+
+def fast_apply(model: DPN, images: jax.Array, *, backend: str | None = None) -> jax.Array:
+    """`model(images)`, faster: for training steps, in whichever mode the model is.
+
+    The parameters stay as they are stored; only what runs is rearranged, inside the program, so gradients come back in
+    the stored layout, and running statistics and random streams move as they do in `model(images)`. To be called under
+    `jit` (compiled or differentiated step by step it gains nothing).
+
+    Args:
+      model: the model.
+      images: `[B, H, W, C]`, normalised floats.
+      backend: as for `fast_forward`.
+
+    Returns:
+      What `model(images)` gives, up to rounding.
+
+    Raises:
+      ValueError: an unknown backend, or images that do not fit.
+
+    Example:
+      >>> import dpn_jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> model = dpn_jax.create_model("dpn68", depths=(1, 1, 1, 1), num_classes=3)
+      >>> loss = lambda model: fast_apply(model, jnp.ones((2, 32, 32, 3))).var()
+      >>> gradients = nnx.jit(nnx.grad(loss))(model)
+      >>> int(model.norm.steps[...])
+      1
+    """
+    plan = _plan(backend)
+    rearranged = nnx.merge(*nnx.split(model))  # other modules with the same values
+    _rearrange(rearranged, plan, back=False)
+    outputs = rearranged(images)
+    _rearrange(rearranged, plan, back=True)
+    nnx.update(model, nnx.state(rearranged, nnx.Not(nnx.Param)))
+    return outputs
 
 
 class FastForward:
@@ -144,7 +176,7 @@ class FastForward:
         self.config.check_images(images.shape, images.dtype)
         activate = ACTIVATIONS[self.config.outer_activation]
         x = activate(convolve(images.astype(self.dtype), params.stem, stride=2) + params.stem_bias)
-        x = self._keep(_shifted_max_pool(x) if self.plan.shifts else max_pool(x))
+        x = self._keep(max_pool(x))
         for stage, blocks in zip(self.config.stages, params.stages, strict=True):
             for index, block in enumerate(blocks):
                 x = self._block(stage, block, x, stride=stage.stride if index == 0 else 1)
@@ -180,12 +212,36 @@ class FastForward:
         return outputs
 
     def _pointwise(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        if self.plan.matmul:
-            return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
-        return convolve(x, kernel[None, None])
+        return convolve(x, kernel[None, None], matmul=self.plan.matmul)
 
     def _keep(self, x: DualPath | jax.Array) -> DualPath | jax.Array:
         return lax.optimization_barrier(x) if self.plan.barriers else x
+
+
+def _plan(backend: str | None) -> Plan:
+    backend = jax.default_backend() if backend is None else backend
+    if backend not in PLANS:
+        raise ValueError(f"backend must be one of {', '.join(PLANS)}, got {backend!r}")
+    return PLANS[backend]
+
+
+def _rearrange(model: DPN, plan: Plan, *, back: bool) -> None:
+    """Writes a model's convolutions as a plan has them; between `reduce` and `expand` channels get another order."""
+    for stage, blocks in zip(model.config.stages, model.stages, strict=True):
+        formulation = plan.formulation(stage.bottleneck // stage.groups)
+        move = formulation.restore if back else formulation.interleave
+        for block in blocks:
+            units = [block.reduce] if block.shortcut is None else [block.reduce, block.shortcut]
+            for conv in (*(unit.conv for unit in units), *block.expand.convolutions()):
+                conv.matmul = plan.matmul
+            block.grouped.conv.formulation = formulation
+            last = [block.reduce.conv.kernel]
+            for norm in (block.grouped.norm, block.expand.norm):
+                last += [norm.scale, norm.bias, norm.mean, norm.var]
+            for variable in last:
+                variable.set_value(move(variable.get_value(), stage.groups))
+            for conv in block.expand.convolutions():
+                conv.kernel.set_value(move(conv.kernel.get_value(), stage.groups, axis=2))
 
 
 def fold(model: DPN, plan: Plan) -> Folded:
@@ -205,26 +261,25 @@ def fold(model: DPN, plan: Plan) -> Folded:
         *,
         outputs: list[int],
         following: NormAct | None = None,
-        order: object = slice(None),
+        interleave: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> Unit:
         kernel, bias = _kernel(source.conv.kernel)[0, 0], None
         if following is not None:
             scale, shift = _affine(following)
-            kernel, bias = (kernel * scale)[:, order], cast(shift[order])
+            kernel, bias = interleave(kernel * scale), cast(interleave(shift))
         kernels = tuple(tuple(map(cast, np.split(part, cuts))) for part in np.split(kernel, outputs, axis=1))
         return Unit(affines(source.norm, cuts), kernels, bias)
 
     def folded_block(stage: StageConfig, block: DualPathBlock, cuts: list[int]) -> Block:
         formulation = plan.formulation(stage.bottleneck // stage.groups)
-        order = formulation.order(stage.bottleneck, stage.groups)
-        order = slice(None) if order is None else order
+        interleave = functools.partial(formulation.interleave, groups=stage.groups)
         scale, shift = _affine(block.expand.norm)
         return Block(
             shortcut=None if block.shortcut is None else unit(block.shortcut, cuts, outputs=[stage.residual]),
-            reduce=unit(block.reduce, cuts, outputs=[], following=block.grouped.norm, order=order),
+            reduce=unit(block.reduce, cuts, outputs=[], following=block.grouped.norm, interleave=interleave),
             grouped=cast(formulation.arrange(_kernel(block.grouped.conv.kernel) * scale, stage.groups)),
-            grouped_bias=cast(shift[order]),
-            expand=tuple(cast(kernel[order]) for kernel in _expand_kernels(block, stage)),
+            grouped_bias=cast(interleave(shift)),
+            expand=tuple(cast(interleave(kernel, axis=0)) for kernel in _expand_kernels(block, stage)),
         )
 
     scale, shift = _affine(model.stem.norm)
@@ -257,17 +312,5 @@ def _kernel(variable: nnx.Variable) -> np.ndarray:
 
 
 def _expand_kernels(block: DualPathBlock, stage: StageConfig) -> list[np.ndarray]:
-    if block.expand.split:
-        return [_kernel(conv.kernel)[0, 0] for conv in (block.expand.residual, block.expand.dense)]
-    return np.split(_kernel(block.expand.conv.kernel)[0, 0], [stage.residual], axis=1)
-
-
-def _shifted_max_pool(x: jax.Array) -> jax.Array:
-    """`max_pool` as the maximum of nine shifted maps: one loop, where XLA's reduce_window on a CPU is many."""
-    height, width = x.shape[1:3]
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
-    shifted = [x[:, dy : dy + height : 2, dx : dx + width : 2] for dy in range(3) for dx in range(3)]
-    total = shifted[0]
-    for part in shifted[1:]:
-        total = jnp.maximum(total, part)
-    return total
+    kernels = [_kernel(conv.kernel)[0, 0] for conv in block.expand.convolutions()]
+    return kernels if len(kernels) > 1 else np.split(kernels[0], [stage.residual], axis=1)

@@ -24,9 +24,13 @@ class Native:
         """The kernel as `apply` wants it, from `[3, 3, I, O]` (I channels a group)."""
         return kernel
 
-    def order(self, channels: int, groups: int) -> np.ndarray | None:
-        """The order in which `apply` wants and gives channels; None for the usual one, group by group."""
-        return None
+    def interleave(self, array: Array, groups: int, *, axis: int = -1) -> Array:
+        """Puts channels into the order in which `apply` wants and gives them; the usual one is group by group."""
+        return array
+
+    def restore(self, array: Array, groups: int, *, axis: int = -1) -> Array:
+        """The way back from `interleave`."""
+        return array
 
     def apply(self, x: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
         """Maps `[B, H, W, C]` to `[B, H', W', C']`."""
@@ -80,29 +84,37 @@ class Lanes(Native):
       unroll: most channels a group for which the sum is written out, in one loop for each output channel of a group.
         Above it, about 100 products in a loop, compiling takes a minute and the result is slower.
       chunk: above it, input channels of a group that one loop adds to all the outputs.
+      width: most channels that one matrix product for the kernel's gradient takes from each side.
     """
 
     unroll: int = 6
     chunk: int = 2
+    width: int = 96
 
     def arrange(self, kernel: Array, groups: int) -> Array:
         """See `Native.arrange`; `[9, I, O, groups]`."""
         return kernel.reshape(9, kernel.shape[2], groups, -1).swapaxes(2, 3)
 
-    def order(self, channels: int, groups: int) -> np.ndarray:
-        """See `Native.order`."""
-        return np.arange(channels).reshape(groups, -1).T.ravel()
+    def interleave(self, array: Array, groups: int, *, axis: int = -1) -> Array:
+        """See `Native.interleave`; here `[channel of a group, group]`."""
+        return _swap(array, groups, -1, axis)
+
+    def restore(self, array: Array, groups: int, *, axis: int = -1) -> Array:
+        """See `Native.restore`."""
+        return _swap(array, -1, groups, axis)
 
     def apply(self, x: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
         """See `Native.apply`."""
+        return _lanes(x, kernel, stride, self)
+
+    def forward(self, x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+        """The sum of shifted products."""
         _, inputs, outputs, groups = kernel.shape
         batch, height, width, _ = x.shape
         x = x.reshape(batch, height, width, inputs, groups)
         # XLA would otherwise pad again for each product
         x = lax.optimization_barrier(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0))))
-        taps = [
-            (slice(None), slice(y, y + height, stride), slice(x, x + width, stride)) for y in range(3) for x in range(3)
-        ]
+        taps = _taps(height, width, stride)
 
         def total(x: jax.Array, kernel: jax.Array, start: jax.Array | None = None) -> jax.Array:
             products = (
@@ -128,6 +140,70 @@ class Lanes(Native):
         y = lax.optimization_barrier(y)
         return y.reshape(*y.shape[:3], outputs * groups)
 
+    def backward(
+        self, x: jax.Array, kernel: jax.Array, stride: int, gradient: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The gradients of `x` and of the kernel.
+
+        That of `x` is the same convolution again, with the kernel turned around; that of the kernel is, for each tap, a
+        matrix product of many groups at once, of which only the groups' own entries are kept.
+        """
+        _, inputs, outputs, groups = kernel.shape
+        height, width = x.shape[1:3]
+        # at stride 2 zeros go between the gradient's pixels
+        spread = (
+            (0, 0, 0),
+            *((0, size - 1 - stride * (-(-size // stride) - 1), stride - 1) for size in (height, width)),
+        )
+        wide = lax.pad(gradient, jnp.zeros((), gradient.dtype), (*spread, (0, 0, 0))) if stride > 1 else gradient
+        of_x = self.forward(wide, kernel[::-1].swapaxes(1, 2), 1)
+
+        merged = next(n for n in range(groups, 0, -1) if groups % n == 0 and (n * inputs <= self.width or n == 1))
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        x = x.reshape(*x.shape[:3], inputs, groups // merged, merged)
+        gradient = gradient.reshape(-1, outputs, groups // merged, merged)
+        parts = []
+        for part in range(groups // merged):
+            read = lax.optimization_barrier(x[..., part, :])
+            written = lax.optimization_barrier(gradient[:, :, part].reshape(-1, outputs * merged))
+            products = [read[tap].reshape(-1, inputs * merged).T @ written for tap in _taps(height, width, stride)]
+            blocks = jnp.stack(products).reshape(9, inputs, merged, outputs, merged)
+            parts.append(jnp.diagonal(blocks, axis1=2, axis2=4))
+        return of_x, jnp.concatenate(parts, axis=-1)
+
+
+def _swap(array: Array, first: int, second: int, axis: int) -> Array:
+    """Transposes an axis that is `first` x `second` long; one of the two may be -1."""
+    axis %= array.ndim
+    split = array.reshape(*array.shape[:axis], first, second, *array.shape[axis + 1 :])
+    return split.swapaxes(axis, axis + 1).reshape(array.shape)
+
+
+def _taps(height: int, width: int, stride: int) -> list[tuple[slice, ...]]:
+    """What each of the nine taps reads of an image with one pixel of padding."""
+    return [
+        (slice(None), slice(y, y + height, stride), slice(x, x + width, stride)) for y in range(3) for x in range(3)
+    ]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _lanes(x: jax.Array, kernel: jax.Array, stride: int, formulation: Lanes) -> jax.Array:
+    return formulation.forward(x, kernel, stride)
+
+
+def _lanes_forward(
+    x: jax.Array, kernel: jax.Array, stride: int, formulation: Lanes
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return formulation.forward(x, kernel, stride), (x, kernel)
+
+
+def _lanes_backward(
+    stride: int, formulation: Lanes, kept: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return formulation.backward(*kept, stride, gradient)
+
+
+_lanes.defvjp(_lanes_forward, _lanes_backward)
 
 Formulation = Native | Merged | Lanes
 
@@ -139,7 +215,8 @@ def grouped_conv(
     """A grouped 3x3 convolution with one pixel of padding, as ResNeXt, RegNet and DPN have it, written one way or
     another.
 
-    Differentiable in both arguments; the gradient reaches only the kernel's real entries.
+    Differentiable in both arguments (`Lanes` in reverse mode only); the gradient reaches only the kernel's real
+    entries.
 
     Args:
       x: `[B, H, W, C]`.
@@ -165,18 +242,20 @@ def grouped_conv(
     """
     if x.ndim != 4 or kernel.shape[:2] != (3, 3) or kernel.shape[2] * groups != x.shape[-1] or kernel.shape[3] % groups:
         raise ValueError(f"x {x.shape} and kernel {kernel.shape} do not fit a 3x3 convolution of {groups} groups")
-    before, after = formulation.order(x.shape[-1], groups), formulation.order(kernel.shape[-1], groups)
-    x = x if before is None else x[..., before]
-    y = formulation.apply(x, formulation.arrange(kernel, groups), stride=stride)
-    return y if after is None else y[..., np.argsort(after)]
+    x = formulation.interleave(x, groups)
+    return formulation.restore(formulation.apply(x, formulation.arrange(kernel, groups), stride=stride), groups)
 
 
-def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, groups: int = 1) -> jax.Array:
+def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, groups: int = 1, matmul: bool = False) -> jax.Array:
     """A 2-D convolution of `[B, H, W, C]` with `[h, w, C / groups, O]` that pads `h // 2` on every side.
 
     Not `"SAME"`: at stride 2 and an even size that pads one pixel less, and only on the far side, so that every output
-    sits half a stride away from where the weights were trained.
+    sits half a stride away from where the weights were trained. With `matmul` a 1x1 convolution is written as a matrix
+    product, which XLA runs faster on a CPU.
     """
+    if matmul and kernel.shape[:2] == (1, 1):
+        x = x[:, ::stride, ::stride]
+        return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
     pad = kernel.shape[0] // 2
     return lax.conv_general_dilated(
         x,

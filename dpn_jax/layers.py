@@ -4,6 +4,7 @@ A *part* is one of several tensors that together are one feature map, split alon
 take a map whole or in parts, so that the residual and the dense path of a block are never concatenated just to be read.
 """
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -63,17 +64,25 @@ class Conv(nnx.Module):
         self.stride = stride
         self.groups = groups
         self.dtype = jnp.dtype(dtype)
+        # how it is written; `fast.fast_apply` sets what the backend runs best
+        self.formulation = Native()
+        self.matmul = False
 
     def __call__(self, x: Features) -> jax.Array:
         """Maps `[B, H, W, in_channels]`, whole or in parts, to `[B, H', W', out_channels]`."""
         kernel = self.kernel[...].astype(self.dtype)
-        # over parts, the convolution is the sum of one convolution a part, each on its slice of the kernel
-        (first, kernel_of_first), *rest = zip(
-            jax.tree.leaves(x), split_channels(kernel, x, axis=2 if self.groups == 1 else None), strict=True
-        )
-        y = convolve(first.astype(self.dtype), kernel_of_first, stride=self.stride, groups=self.groups)
-        for part, kernel_of_part in rest:
-            y += convolve(part.astype(self.dtype), kernel_of_part, stride=self.stride)
+        if self.groups > 1:
+            kernel = self.formulation.arrange(kernel, self.groups)
+            y = self.formulation.apply(x.astype(self.dtype), kernel, stride=self.stride)
+        else:
+            # over parts, the convolution is the sum of one convolution a part, each on its slice of the kernel
+            y = functools.reduce(
+                jnp.add,
+                (
+                    convolve(part.astype(self.dtype), kernel_of_part, stride=self.stride, matmul=self.matmul)
+                    for part, kernel_of_part in zip(jax.tree.leaves(x), split_channels(kernel, x, axis=2), strict=True)
+                ),
+            )
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -231,10 +240,22 @@ def split_channels(array: jax.Array, like: Features, axis: int | None = -1) -> l
 
 def max_pool(x: jax.Array) -> jax.Array:
     """The stem's 3x3 maximum at stride 2; pads with -inf, so that a border of negative values stays negative."""
+    return lax.platform_dependent(x, cpu=_shifted_max_pool, default=_window_max_pool)
+
+
+def _window_max_pool(x: jax.Array) -> jax.Array:
     # the constants are numpy's: reduce_window is only differentiable where it can see that they are -inf and 0
     return lax.reduce_window(
         x, np.asarray(-np.inf, x.dtype), lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
     )
+
+
+def _shifted_max_pool(x: jax.Array) -> jax.Array:
+    """The maximum of nine shifted maps: one loop, where XLA's reduce_window on a CPU is many."""
+    height, width = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    shifted = (x[:, dy : dy + height : 2, dx : dx + width : 2] for dy in range(3) for dx in range(3))
+    return functools.reduce(jnp.maximum, shifted)
 
 
 def global_pool(x: jax.Array, pool: str) -> jax.Array:

@@ -70,6 +70,10 @@ class Expand(nnx.Module):
         self.split = split
         self.residual_channels = stage.residual
 
+    def convolutions(self) -> tuple[Conv, ...]:
+        """The one, or the residual path's and the dense one's."""
+        return (self.residual, self.dense) if self.split else (self.conv,)
+
     def __call__(self, x: jax.Array) -> DualPath:
         x = self.norm(x)
         if self.split:

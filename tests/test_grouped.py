@@ -24,14 +24,15 @@ def test_formulations_agree_with_xlas_own(
         np.testing.assert_allclose(got, expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("formulation", [Merged(16), Lanes(), Lanes(unroll=1)], ids=str)
-def test_gradients_agree_and_reach_only_real_entries(formulation: Native) -> None:
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("formulation", [Merged(16), Lanes(), Lanes(unroll=1), Lanes(width=16)], ids=str)
+def test_gradients_agree_and_reach_only_real_entries(formulation: Native, stride: int) -> None:
     with jax.enable_x64(True):
-        x = jax.random.normal(jax.random.key(0), (2, 6, 8, 32), "float64")
-        kernel = jax.random.normal(jax.random.key(1), (3, 3, 4, 32), "float64")
+        x = jax.random.normal(jax.random.key(0), (2, 6, 7, 32), "float64")
+        kernel = jax.random.normal(jax.random.key(1), (3, 3, 4, 16), "float64")
 
         def loss(x: jax.Array, kernel: jax.Array, formulation: Native) -> jax.Array:
-            return jnp.sin(grouped_conv(x, kernel, groups=8, formulation=formulation)).sum()
+            return jnp.sin(grouped_conv(x, kernel, groups=8, stride=stride, formulation=formulation)).sum()
 
         expected = jax.grad(loss, argnums=(0, 1))(x, kernel, Native())
         got = jax.grad(loss, argnums=(0, 1))(x, kernel, formulation)

@@ -1,5 +1,6 @@
 """Training against timm in float64: the loss, every gradient, and the running statistics."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -17,15 +18,16 @@ RATE = 0.05
 BOUND = 1e-8
 
 
-def loss_of(model: dpn_jax.DPN, images: jax.Array, labels: jax.Array) -> jax.Array:
-    scores = jax.nn.log_softmax(model(images))
+def loss_of(model: dpn_jax.DPN, images: jax.Array, labels: jax.Array, backend: str | None) -> jax.Array:
+    logits = model(images) if backend is None else dpn_jax.fast_apply(model, images, backend=backend)
+    scores = jax.nn.log_softmax(logits)
     return -(scores * jax.nn.one_hot(labels, scores.shape[1], dtype=scores.dtype)).sum(axis=1).mean()
 
 
-@nnx.jit
-def step(model: dpn_jax.DPN, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, nnx.State]:
+@functools.partial(nnx.jit, static_argnames="backend")
+def step(model: dpn_jax.DPN, images: jax.Array, labels: jax.Array, backend: str | None) -> tuple[jax.Array, nnx.State]:
     """One step of plain SGD; the model changes in place."""
-    loss, gradients = nnx.value_and_grad(loss_of)(model, images, labels)
+    loss, gradients = nnx.value_and_grad(loss_of)(model, images, labels, backend)
     parameters = nnx.state(model, nnx.Param)
     nnx.update(model, jax.tree.map(lambda p, g: p - RATE * g, parameters, gradients))
     return loss, gradients
@@ -35,17 +37,21 @@ FULL, SHORT = {}, {"k_sec": (1, 2, 1, 1)}
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "remat", "norms"),
+    ("name", "options", "remat", "norms", "backend"),
     [
-        ("dpn68b", SHORT, False, "train"),
-        pytest.param("dpn68b", SHORT, True, "train", marks=pytest.mark.slow),
-        pytest.param("dpn68b", SHORT, False, "frozen", marks=pytest.mark.slow),
-        pytest.param("dpn68b", FULL, False, "train", marks=pytest.mark.slow),
-        pytest.param("dpn92", FULL, False, "train", marks=pytest.mark.slow),
+        ("dpn68b", SHORT, False, "train", "cpu"),
+        pytest.param("dpn68b", SHORT, False, "train", "tpu", marks=pytest.mark.slow),
+        pytest.param("dpn68b", SHORT, False, "train", "gpu", marks=pytest.mark.slow),
+        pytest.param("dpn68b", SHORT, True, "train", "cpu", marks=pytest.mark.slow),
+        pytest.param("dpn92", SHORT, False, "frozen", "cpu", marks=pytest.mark.slow),
+        pytest.param("dpn68b", SHORT, False, "frozen", None, marks=pytest.mark.slow),
+        pytest.param("dpn68b", FULL, False, "train", None, marks=pytest.mark.slow),
+        pytest.param("dpn92", FULL, False, "train", None, marks=pytest.mark.slow),
+        pytest.param("dpn92", FULL, False, "train", "cpu", marks=pytest.mark.slow),
     ],
 )
 def test_three_sgd_steps_equal_timm(
-    name: str, options: dict[str, object], remat: bool, norms: str, tmp_path: Path
+    name: str, options: dict[str, object], remat: bool, norms: str, backend: str | None, tmp_path: Path
 ) -> None:
     theirs = reference.randomised(name, num_classes=10, **options).train(norms == "train")
     path = reference.write(theirs, tmp_path / "model.safetensors")
@@ -57,7 +63,7 @@ def test_three_sgd_steps_equal_timm(
 
     for number in range(3):
         images = reference.images((4, 64, 64, 3), seed=number)
-        loss, gradients = step(ours, jnp.asarray(images), jnp.asarray(labels))
+        loss, gradients = step(ours, jnp.asarray(images), jnp.asarray(labels), backend)
         optimizer.zero_grad()
         expected_loss = torch.nn.functional.cross_entropy(
             theirs(reference.nchw(images, torch.float64)), torch.from_numpy(labels)
