@@ -2,13 +2,14 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dpn_jax.checkpoint import from_pretrained
@@ -16,6 +17,10 @@ from dpn_jax.config import default_preprocessing
 from dpn_jax.fast import fast_forward
 from dpn_jax.model import DPN
 from dpn_jax.preprocess import ImageError, ImageSource, Transform, imagenet_labels
+from dpn_jax.throughput import Clock, Throughput
+
+_READ_AHEAD = 2
+"""Batches of images that are prepared while the device works."""
 
 
 class Prediction(NamedTuple):
@@ -41,6 +46,9 @@ class Classifier:
       batch_size: most images run at once. Fewer are padded to a power of two, so that few sizes are ever compiled.
       device: where to run; left out, JAX's default device.
       workers: threads that read and prepare images while the device works.
+
+    Attributes:
+      throughput: how fast the last stream was that was read to its end; None where that was too short to tell.
 
     Raises:
       ValueError: the model has no classifier or other channels than the transform, or there are not as many labels as
@@ -90,6 +98,7 @@ class Classifier:
         self.synsets = tuple(synsets)
         self.batch_size = batch_size
         self.workers = workers or os.cpu_count()
+        self.throughput: Throughput | None = None
         self._device = device
         self._forward = fast_forward(model, backend=None if device is None else device.platform)
         self._params = jax.device_put(self._forward.params, device)
@@ -170,50 +179,70 @@ class Classifier:
           float32 `[B, num_classes]`.
         """
         parts = [self._dispatch(images[i : i + self.batch_size]) for i in range(0, len(images), self.batch_size)]
-        return np.concatenate([np.asarray(part, np.float32) for part in parts])
+        return np.concatenate([np.asarray(part, np.float32) for part in parts])[: len(images)]
 
     def _stream(self, images: Iterable[ImageSource], top_k: int) -> Iterator[list[Prediction] | ImageError]:
-        running: collections.deque[tuple[list[np.ndarray | ImageError], jax.Array | None]] = collections.deque()
-        for prepared in _batched(self._prepared(images), self.batch_size):
-            good = [image for image in prepared if not isinstance(image, ImageError)]
-            running.append((prepared, self._dispatch(np.stack(good)) if good else None))
-            if len(running) > 1:  # the device works on this batch while the one before is reported
+        clock = Clock(min(self.workers, os.cpu_count()), read_ahead=_READ_AHEAD)
+        running: collections.deque[tuple[list[np.ndarray | ImageError], concurrent.futures.Future | None]]
+        running = collections.deque()
+        size = 0
+        with _threads(self.workers) as readers, _threads(1) as watcher:
+            for prepared in _batched(self._prepared(images, readers, clock), self.batch_size):
+                good = [image for image in prepared if not isinstance(image, ImageError)]
+                logits = None
+                if good:
+                    before, size = size, max(size, self._padded(len(good)))  # a smaller last batch compiles nothing
+                    start = time.perf_counter()
+                    batch = self._dispatch(good, size)
+                    logits = watcher.submit(clock.wait, batch, start, len(good), compiles=size > before)
+                running.append((prepared, logits))
+                if len(running) > 1:  # the device works on this batch while the one before is reported
+                    yield from self._report(*running.popleft(), top_k)
+            while running:
                 yield from self._report(*running.popleft(), top_k)
-        while running:
-            yield from self._report(*running.popleft(), top_k)
+        self.throughput = clock.throughput()
 
-    def _prepared(self, images: Iterable[ImageSource]) -> Iterator[np.ndarray | ImageError]:
+    def _prepared(
+        self, images: Iterable[ImageSource], pool: concurrent.futures.Executor, clock: Clock
+    ) -> Iterator[np.ndarray | ImageError]:
         """Images through the transform, in order, read ahead by threads: Pillow decodes and resizes outside the GIL."""
 
-        def prepare(image: ImageSource) -> np.ndarray | ImageError:
+        def prepare(image: ImageSource) -> tuple[np.ndarray | ImageError, float]:
+            start = time.perf_counter()
             try:
-                return self.transform(image)
+                prepared = self.transform(image)
             except ImageError as error:
-                return error
+                prepared = error
+            return prepared, time.perf_counter() - start
 
-        pool = concurrent.futures.ThreadPoolExecutor(self.workers)
         pending: collections.deque[concurrent.futures.Future] = collections.deque()
-        try:
-            for image in images:
-                pending.append(pool.submit(prepare, image))
-                if len(pending) > 2 * self.batch_size:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
-    def _dispatch(self, images: np.ndarray) -> jax.Array:
-        """Starts a batch, padded, and returns its logits before they are computed."""
-        size = min(self.batch_size, 1 << (len(images) - 1).bit_length())
-        padded = np.zeros((size, *images.shape[1:]), np.float32)
-        padded[: len(images)] = images
-        return self._forward.jitted(self._params, jax.device_put(padded, self._device))[: len(images)]
+        def first() -> np.ndarray | ImageError:
+            prepared, seconds = pending.popleft().result()
+            clock.count_prepared(seconds)
+            return prepared
+
+        for image in images:
+            pending.append(pool.submit(prepare, image))
+            if len(pending) > _READ_AHEAD * self.batch_size:
+                yield first()
+        while pending:
+            yield first()
+
+    def _padded(self, count: int) -> int:
+        return min(self.batch_size, 1 << (count - 1).bit_length())
+
+    def _dispatch(self, images: Sequence[np.ndarray], size: int | None = None) -> jax.Array:
+        """Starts a batch, padded, and returns its logits, padding included, before they are computed."""
+        padded = np.zeros((size or self._padded(len(images)), *images[0].shape), np.float32)
+        np.stack(images, out=padded[: len(images)])
+        return self._forward.jitted(self._params, jax.device_put(padded, self._device))
 
     def _report(
-        self, prepared: list[np.ndarray | ImageError], logits: jax.Array | None, top_k: int
+        self, prepared: list[np.ndarray | ImageError], logits: concurrent.futures.Future | None, top_k: int
     ) -> Iterator[list[Prediction] | ImageError]:
-        rows = iter(()) if logits is None else iter(np.asarray(jax.nn.softmax(logits.astype(jnp.float32))))
+        # softmax on the host: on the device it would queue behind the next batch
+        rows = iter(()) if logits is None else iter(_softmax(logits.result()))
         for image in prepared:
             yield image if isinstance(image, ImageError) else self._best(next(rows), top_k)
 
@@ -223,6 +252,22 @@ class Classifier:
             Prediction(self.labels[index], float(probabilities[index]), int(index), self.synsets[index])
             for index in order
         ]
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[concurrent.futures.Executor]:
+    """A pool that, when its stream is abandoned, is not waited for."""
+    pool = concurrent.futures.ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # of weights with infinities, which were allowed
+        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
 def _batched(items: Iterable[np.ndarray | ImageError], size: int) -> Iterator[list[np.ndarray | ImageError]]:

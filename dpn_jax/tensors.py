@@ -273,7 +273,7 @@ def write_tensors(
     try:
         if not overwrite and path.exists():
             raise CheckpointError(f"{path}: exists already; overwrite it with --force (overwrite=True)")
-        _write_atomically(path, _serialised(tensors, metadata))
+        write_atomically(path, _serialised(tensors, metadata))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
 
@@ -294,8 +294,16 @@ def _serialised(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) 
         yield array.reshape(-1).view(np.uint8).data
 
 
-def _write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """A reader, now or after a crash, finds the old file or the new one, never a part."""
+def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Writes a file so that a reader, now or after a crash, finds the old one or the new one, never a part.
+
+    Args:
+      path: the file to write or replace.
+      chunks: its content, piece by piece.
+
+    Raises:
+      OSError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:

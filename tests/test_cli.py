@@ -4,12 +4,15 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -17,6 +20,9 @@ from PIL import Image
 
 import dpn_jax
 from dpn_jax.cli import main
+from dpn_jax.commands.cache import keep_compiled
+from dpn_jax.commands.evaluate import print_row
+from dpn_jax.export import load_exported
 from tests.test_model import TINY
 
 COMMAND = [sys.executable, "-m", "dpn_jax.cli"]
@@ -31,6 +37,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     dpn_jax.save(model, path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands that these tests start leave nothing in the user's cache folder."""
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "0")
 
 
 @pytest.fixture
@@ -93,10 +105,12 @@ def test_json_and_csv_tell_the_same(run: Run, weights: Path, photos: Path) -> No
 def test_batches_are_as_large_as_asked(run: Run, weights: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, dispatch = [], dpn_jax.Classifier._dispatch
     monkeypatch.setattr(
-        dpn_jax.Classifier, "_dispatch", lambda self, images: sizes.append(len(images)) or dispatch(self, images)
+        dpn_jax.Classifier,
+        "_dispatch",
+        lambda self, images, size: sizes.append((len(images), size)) or dispatch(self, images, size),
     )
     assert run("classify", photos, "--weights", weights, "--batch-size", 2)[0] == 0
-    assert sizes == [2, 1]
+    assert sizes == [(2, 2), (1, 2)]
 
 
 def test_the_rest_of_a_batch_is_done(run: Run, weights: Path, photos: Path) -> None:
@@ -209,6 +223,140 @@ def test_convert_there_and_back(run: Run, tiny_timm_file: Path, tmp_path: Path) 
     assert run("convert", tiny_timm_file, ours, "--force")[0] == 0
     code, _, err = run("convert", tiny_timm_file, tmp_path / "x.pth")
     assert code == 2 and ".safetensors" in err
+
+
+def test_a_longer_run_says_how_fast_it_was(run: Run, weights: Path, photos: Path) -> None:
+    options = ("classify", *[photos / "a.png"] * 5, "--weights", weights, "--format", "json", "--batch-size", 1)
+    code, out, err = run(*options)
+    assert (code, len(out.splitlines())) == (0, 5)
+    assert re.fullmatch(
+        r"dpn-jax: [\d.]+ images/s; the (host|device) was the limit \(the (?!\1)(host|device) could do [\d.]+\)\n", err
+    )
+
+
+@pytest.fixture
+def classes(photos: Path) -> Path:
+    """The same photos in class folders."""
+    (photos / "a.png").rename(photos / "more" / "a.png")
+    (photos / "bee").mkdir()
+    (photos / "b.jpg").rename(photos / "bee" / "b.jpg")
+    (photos / "more").rename(photos / "ant")
+    return photos
+
+
+def test_evaluate_counts_what_classify_says(run: Run, weights: Path, classes: Path) -> None:
+    _, out, _ = run("classify", classes, "--weights", weights, "--format", "json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    right = sum(Path(row["image"]).parent.name == row["predictions"][0]["label"] for row in rows)
+    code, out, err = run("evaluate", classes, "--weights", weights, "--format", "json", "--batch-size", 2)
+    assert (code, err) == (0, "")
+    expected = {"images": 3, "failed": 0, "top1": round(100 * right / 3, 3), "top5": 100.0, "images_per_second": None}
+    assert json.loads(out) == expected
+
+
+@pytest.mark.parametrize(
+    ("format", "expected"),
+    [
+        ("table", "images failed top-1 top-5 images/s 3 0 66.667% 100.000% {}"),
+        ("csv", "images,failed,top1,top5,images_per_second 3,0,66.667,100.0,{}"),
+    ],
+)
+def test_an_evaluation_is_one_row(capsys: pytest.CaptureFixture[str], format: str, expected: str) -> None:
+    row = {"images": 3, "failed": 0, "top1": 66.667, "top5": 100.0}
+    print_row({**row, "images_per_second": 12.5}, format)
+    assert capsys.readouterr().out.split() == expected.format("12.5").split()
+    print_row({**row, "images_per_second": None}, format)
+    assert capsys.readouterr().out.split() == expected.format("-" if format == "table" else "").split()
+
+
+def test_evaluate_lists_broken_images(run: Run, weights: Path, classes: Path) -> None:
+    (classes / "bee" / "b.jpg").write_bytes(b"no image")
+    code, out, err = run("evaluate", classes, "--weights", weights, "--format", "json")
+    assert (code, json.loads(out)["images"], json.loads(out)["failed"]) == (1, 2, 1)
+    assert len(err.splitlines()) == 1 and "b.jpg: not an image" in err
+    for path in classes.rglob("*.png"):
+        path.write_bytes(b"")
+    code, out, err = run("evaluate", classes, "--weights", weights)
+    assert (code, out, len(err.splitlines())) == (2, "", 3)
+    (classes / "bee").rename(classes / "wasp")
+    code, out, err = run("evaluate", classes, "--weights", weights)
+    assert (code, out, len(err.splitlines())) == (2, "", 1) and "'wasp'; its classes are 'ant', 'bee'" in err
+
+
+def test_export_writes_one_file(run: Run, weights: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.jaxexport"
+    command = ("export", path, "--weights", weights, "--platforms", "cpu", "cuda")
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{path}: float32[b,32,32,3] to float32[b,5] on cpu, cuda, {path.stat().st_size:,} bytes; ")
+    assert "crop 0.875" in out
+    code, out, err = run(*command)
+    assert (code, out, len(err.splitlines())) == (2, "", 1) and "exists already; overwrite it with --force" in err
+    assert run(*command, "--force", "--batch-size", 3, "--image-size", 64)[0] == 0
+    assert load_exported(path).in_avals[0].shape == (3, 64, 64, 3)
+    code, out, err = run("export", path, "--weights", weights, "--platforms", "abacus")
+    assert code == 2 and not out and "abacus" in err
+
+
+def test_the_cache_folder_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen() -> str | None:
+        try:
+            with warnings.catch_warnings():
+                keep_compiled()
+            return jax.config.jax_compilation_cache_dir
+        finally:
+            jax.config.update("jax_compilation_cache_dir", before)
+
+    before = None
+    assert jax.config.jax_compilation_cache_dir is before, "importing the library, or main([...]), has set it"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert chosen() == str(tmp_path / "cache" / "dpn-jax" / "xla")
+    assert (tmp_path / "cache" / "dpn-jax" / "xla").is_dir()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert chosen() == str(tmp_path / ".cache" / "dpn-jax" / "xla")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert chosen() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = "elsewhere"
+    jax.config.update("jax_compilation_cache_dir", before)
+    try:
+        assert chosen() == "elsewhere"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.mark.slow
+def test_what_is_compiled_is_kept_for_the_next_process(weights: Path, photos: Path, tmp_path: Path) -> None:
+    def classify(**environment: object) -> None:
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
+        ended = subprocess.run(
+            [*COMMAND, "classify", photos, "--weights", weights],
+            env=inherited
+            | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+            | {key: str(value) for key, value in environment.items()},
+            capture_output=True,
+            timeout=120,
+        )
+        assert (ended.returncode, ended.stderr) == (0, b"")
+
+    def kept(folder: Path) -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+    classify(XDG_CACHE_HOME=tmp_path)
+    first = kept(tmp_path / "dpn-jax" / "xla")
+    assert any("apply" in name for name in first)
+    classify(XDG_CACHE_HOME=tmp_path)
+    assert kept(tmp_path / "dpn-jax" / "xla") == first
+    classify(XDG_CACHE_HOME=tmp_path, JAX_COMPILATION_CACHE_DIR=tmp_path / "other")
+    assert kept(tmp_path / "dpn-jax" / "xla") == first
+    assert len(kept(tmp_path / "other")) == len(first)
+    for path in (tmp_path / "other").iterdir():
+        path.write_bytes(b"damaged")
+    classify(JAX_COMPILATION_CACHE_DIR=tmp_path / "other")
+    classify(JAX_COMPILATION_CACHE_DIR=weights)  # a file
+    classify(XDG_CACHE_HOME=weights)
 
 
 def test_a_reader_that_leaves_ends_it_quietly(weights: Path, photos: Path) -> None:

@@ -17,30 +17,44 @@ import sys
 
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch", "timm", "torchvision", "orbax", "grain", "tensorboardX"}:
-            raise ImportError(f"{name} is blocked")
+        if name.split(".")[0] in {blocked!r}:
+            raise ImportError(f"{{name}} is blocked")
 
 sys.meta_path.insert(0, Block())
 """
+TORCH = ("torch", "timm", "torchvision")
+EXTRAS = ("orbax", "grain", "tensorboardX", "matplotlib", "etils")
 
 LAYERS = [
     {"config", "grouped"},
-    {"layers", "weights", "preprocess"},
+    {"layers", "weights", "preprocess", "throughput"},
     {"model", "tensors", "hub"},
     {"checkpoint", "fast"},
-    {"inference"},
+    {"inference", "finetune", "export"},
+    {"evaluate"},
+    {"commands"},
     {"cli"},
 ]
 
 
-def test_every_module_imports_without_torch_and_timm() -> None:
-    script = BLOCK + "import importlib\n" + "".join(f"importlib.import_module({name!r})\n" for name in MODULES)
+def run(script: str, blocked: tuple[str, ...]) -> None:
+    script = BLOCK.format(blocked=blocked) + script
     subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, timeout=120)
+
+
+def test_every_module_imports_without_torch_and_timm() -> None:
+    run("import importlib\n" + "".join(f"importlib.import_module({name!r})\n" for name in MODULES), TORCH)
+
+
+def test_only_finetuning_needs_the_extra() -> None:
+    names = [name for name in MODULES if not name.startswith("dpn_jax.finetune")]
+    script = "import importlib\n" + "".join(f"importlib.import_module({name!r})\n" for name in names)
+    run(script + "import dpn_jax.finetune.config\n", TORCH + EXTRAS)
 
 
 def test_importing_touches_no_network_library_and_no_device() -> None:
     script = (
-        "import sys, dpn_jax, jax\n"
+        "import sys, dpn_jax.cli, jax\n"
         "assert 'huggingface_hub' not in sys.modules\n"
         "assert not jax._src.xla_bridge.backends_are_initialized()\n"
         "assert not jax.config.jax_compilation_cache_dir and not jax.config.jax_enable_x64\n"
@@ -48,18 +62,21 @@ def test_importing_touches_no_network_library_and_no_device() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
-def test_imports_run_one_way(path: Path) -> None:
-    if path.stem == "__init__":
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_run_one_way(name: str) -> None:
+    if name == "dpn_jax.__init__":
         return
-    level = next(level for level, names in enumerate(LAYERS) if path.stem in names)
-    allowed = set.union(set(), *LAYERS[:level])
+    layer = name.split(".")[1]  # a sub-package is one layer
+    level = next(level for level, names in enumerate(LAYERS) if layer in names)
+    inside = {layer} if (PACKAGE / layer).is_dir() else set()
+    allowed = set.union(inside, *LAYERS[:level])
+    path = PACKAGE.parent.joinpath(*name.split(".")).with_suffix(".py")
     imported = {
         node.module.split(".")[1]
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dpn_jax.")
     }
-    assert imported <= allowed, f"{path.name} imports {sorted(imported - allowed)}"
+    assert imported <= allowed, f"{name} imports {sorted(imported - allowed)}"
 
 
 def test_public_names_are_there() -> None:

@@ -1,13 +1,17 @@
+import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
 
 import dpn_jax
+from dpn_jax.fast import Folded
 from dpn_jax.preprocess import ImageError
+from dpn_jax.throughput import Clock
 from tests.test_model import TINY
 
 
@@ -111,3 +115,58 @@ def test_grey_images_for_one_channel(pictures: list[np.ndarray]) -> None:
     classifier = dpn_jax.Classifier(dpn_jax.create_model(TINY, in_channels=1, rngs=nnx.Rngs(0)))
     assert classifier.transform(pictures[0]).shape == (224, 224, 1)
     assert len(classifier(pictures[0])) == 5
+
+
+def test_a_smaller_last_batch_compiles_nothing(pictures: list[np.ndarray]) -> None:
+    model = dpn_jax.create_model(TINY, rngs=nnx.Rngs(0))
+    classifier = dpn_jax.Classifier(
+        model, transform=dpn_jax.preprocessing(dpn_jax.Preprocessing(image_size=32)), batch_size=4
+    )
+    assert len(list(classifier.stream(["broken", *pictures[:8], "broken", "broken"]))) == 11
+    assert classifier._forward.jitted._cache_size() == 1
+
+
+@pytest.mark.parametrize(("reading", "computing", "limit"), [(0.05, 0.0, "host"), (0.0, 0.05, "device")])
+def test_the_slower_side_is_named(
+    classifier: dpn_jax.Classifier,
+    pictures: list[np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+    reading: float,
+    computing: float,
+    limit: str,
+) -> None:
+    transform, jitted = classifier.transform, classifier._forward.jitted
+
+    def slow_transform(image: np.ndarray) -> np.ndarray:
+        time.sleep(reading)
+        return transform(image)
+
+    def slow_device(params: Folded, images: jax.Array) -> jax.Array:
+        time.sleep(computing)
+        return jitted(params, images)
+
+    monkeypatch.setattr(classifier, "transform", slow_transform)
+    monkeypatch.setattr(classifier._forward, "jitted", slow_device)
+    monkeypatch.setattr(classifier, "batch_size", 1)
+    monkeypatch.setattr(classifier, "workers", 1)
+    list(classifier.stream(pictures))
+    throughput = classifier.throughput
+    assert throughput.limit == limit
+    slower, faster = sorted((throughput.host, throughput.device))
+    assert slower <= 1 / 0.05 < faster
+    assert throughput.rate == pytest.approx(slower, rel=0.4)  # on a busy machine
+    list(classifier.stream(pictures[:3]))
+    assert classifier.throughput is None  # all of these were ready while the first was compiled
+
+
+def test_threads_count_together() -> None:
+    clock = Clock(workers=4, read_ahead=0)
+    for seconds in (0.25, 0.75):
+        clock.count_prepared(seconds)
+    assert clock.throughput() is None
+    for compiles in (True, False):
+        rows = clock.wait(jnp.ones((8, 2)), time.perf_counter() - 2, 5, compiles=compiles)
+        assert rows.shape == (5, 2)
+    throughput = clock.throughput()
+    assert throughput.host == 8
+    assert throughput.device == throughput.rate > 5 / 2  # the second batch is not charged for the time of the first

@@ -20,7 +20,7 @@ def test_an_installed_wheel_classifies_and_converts(tiny_timm_file: Path, tmp_pa
     subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True, timeout=300)
 
     def run(*words: object) -> str:
-        environment = {**os.environ, "PYTHONPATH": str(site)}
+        environment = {**os.environ, "PYTHONPATH": str(site), "XDG_CACHE_HOME": str(tmp_path / "cache")}
         command = [sys.executable, *map(str, words)]
         return subprocess.run(
             command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True, timeout=300
@@ -28,7 +28,13 @@ def test_an_installed_wheel_classifies_and_converts(tiny_timm_file: Path, tmp_pa
 
     where = run("-c", "import dpn_jax; print(dpn_jax.__file__)")
     assert Path(where.strip()).parent == site / "dpn_jax"
-    assert {path.name for path in (site / "dpn_jax").iterdir()} >= {"py.typed", "imagenet1k.txt", "cli.py"}
+    assert {path.name for path in (site / "dpn_jax").iterdir()} >= {
+        "py.typed",
+        "imagenet1k.txt",
+        "cli.py",
+        "commands",
+        "finetune",
+    }
     assert not (site / "tests").exists() and not (site / "convert").exists()
 
     command = site / "bin" / "dpn-jax"
@@ -37,3 +43,6 @@ def test_an_installed_wheel_classifies_and_converts(tiny_timm_file: Path, tmp_pa
     photo = Path(skimage.__file__).parent / "data" / "coffee.png"
     assert run(command, "classify", photo, "--weights", ours, "--top-k", 1).count("%") == 1
     assert "dpn92.mx_in1k" in run(command, "models")
+    assert "on cpu, " in run(command, "export", "tiny.jaxexport", "--weights", ours, "--platforms", "cpu")
+    words = run(command, "--help")
+    assert all(name in words for name in ("classify", "evaluate", "finetune", "convert", "export", "models"))
