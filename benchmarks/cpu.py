@@ -9,25 +9,14 @@ import dataclasses
 import gc
 import json
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 import tyro
-from flax import nnx
 
-import dpn_jax
+from benchmarks.contenders import Task, ours, race, timms
 from benchmarks.report import print_setting
-from convert.timm_import import import_timm
-
-timm = import_timm()
-
-Task = Literal["inference", "training"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +33,8 @@ class Options:
     """Side of the images, pixels."""
     rounds: int = 10
     """Timed turns of each contender."""
+    plain: bool = False
+    """Time our plain form too."""
     skip_compile: bool = False
     """Leave out torch.compile, which takes a minute or more a case."""
     json: Path | None = None
@@ -66,24 +57,17 @@ def main(options: Options) -> None:
 
 
 def measure(name: str, task: Task, batch: int, options: Options) -> list[dict[str, object]]:
-    """One case: every contender in turn, so that what else the machine does meets all of them alike."""
+    """One case: every contender in turn."""
     images = np.random.default_rng(0).normal(size=(batch, options.size, options.size, 3)).astype(np.float32)
-    contenders = ours(name, task, images) | timms(name, task, images, compiled=not options.skip_compile)
-    first, times = {}, {label: [] for label in contenders}
-    for label, call in contenders.items():
-        first[label] = timed(call)
-        timed(call)
-    for _ in range(options.rounds):
-        for label, call in contenders.items():
-            times[label].append(timed(call))
+    contenders = ours(name, task, images, plain=options.plain)
+    contenders |= timms(name, task, images, compile_modes=() if options.skip_compile else ("default",))
     rows = []
-    for label, taken in times.items():
-        median = float(np.median(taken))
+    for label, timing in race(contenders, options.rounds).items():
         rows.append(
-            {"model": name, "task": task, "batch": batch, "contender": label, "median_ms": 1e3 * median,
-             "images_per_second": batch / median, "first_call_s": first[label]}
+            {"model": name, "task": task, "batch": batch, "contender": label, "median_ms": 1e3 * timing.median_s,
+             "images_per_second": batch / timing.median_s, "first_call_s": timing.first_s}
         )  # fmt: skip
-        figures = f"{1e3 * median:>10.1f}{batch / median:>10.2f}{first[label]:>14.1f}"
+        figures = f"{1e3 * timing.median_s:>10.1f}{batch / timing.median_s:>10.2f}{timing.first_s:>14.1f}"
         print(f"{name:<8}{task:<11}{batch:>6}  {label:<22}{figures}")
     rate = {row["contender"]: row["images_per_second"] for row in rows}
     best = max(value for label, value in rate.items() if label.startswith("timm"))
@@ -91,75 +75,6 @@ def measure(name: str, task: Task, batch: int, options: Options) -> list[dict[st
     del contenders
     gc.collect()
     return rows
-
-
-def ours(name: str, task: Task, images: np.ndarray) -> dict[str, Callable[[], object]]:
-    """Our side: the fast formulation, and for inference the plain one beside it."""
-    model = dpn_jax.create_model(name, rngs=nnx.Rngs(0))
-    x = jnp.asarray(images)
-    if task == "inference":
-        model.eval()
-        fast, plain = dpn_jax.fast_forward(model), nnx.jit(lambda model, x: model(x))
-        return {
-            "dpn_jax": lambda: jax.block_until_ready(fast(x)),
-            "dpn_jax plain": lambda: jax.block_until_ready(plain(model, x)),
-        }
-    labels = jnp.zeros(len(images), jnp.int32)
-
-    def loss(model: dpn_jax.DPN) -> jax.Array:
-        return -jax.nn.log_softmax(model(x))[jnp.arange(len(images)), labels].mean()
-
-    @nnx.jit
-    def step(model: dpn_jax.DPN) -> jax.Array:
-        value, gradients = nnx.value_and_grad(loss)(model)
-        parameters = nnx.state(model, nnx.Param)
-        nnx.update(model, jax.tree.map(lambda p, g: p - 1e-3 * g, parameters, gradients))
-        return value
-
-    return {"dpn_jax": lambda: jax.block_until_ready((step(model), nnx.state(model)))}
-
-
-def timms(name: str, task: Task, images: np.ndarray, *, compiled: bool) -> dict[str, Callable[[], object]]:
-    """timm's side: eager, channels_last, and torch.compile in the better memory format of the two for it."""
-    x = torch.from_numpy(images).permute(0, 3, 1, 2)
-    formats = {"timm eager": torch.contiguous_format, "timm channels_last": torch.channels_last}
-    calls = {}
-    for label, memory_format in formats.items():
-        model = timm.create_model(name).to(memory_format=memory_format)
-        calls[label] = timm_call(model, task, x.contiguous(memory_format=memory_format))
-    if compiled:
-        model = timm.create_model(name)
-        calls["timm torch.compile"] = timm_call(model, task, x.contiguous(), compiled=True)
-    return calls
-
-
-def timm_call(model: torch.nn.Module, task: Task, x: torch.Tensor, *, compiled: bool = False) -> Callable[[], object]:
-    """One forward pass in eval mode, or one training step."""
-    model = model.eval() if task == "inference" else model.train()
-    run = torch.compile(model) if compiled else model
-    if task == "inference":
-
-        def call() -> object:
-            with torch.inference_mode():
-                return run(x)
-
-        return call
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    labels = torch.zeros(len(x), dtype=torch.long)
-
-    def step() -> object:
-        optimizer.zero_grad(set_to_none=True)
-        torch.nn.functional.cross_entropy(run(x), labels).backward()
-        return optimizer.step()
-
-    return step
-
-
-def timed(call: Callable[[], object]) -> float:
-    """Seconds that one call takes."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

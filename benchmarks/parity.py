@@ -5,27 +5,40 @@ command does not need), on real photos prepared as for the variant's default wei
 stage, the features, the pooled features and the logits.
 """
 
+import dataclasses
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import tyro
 
 from benchmarks.report import print_setting
 from convert.verify import compare
-from dpn_jax.config import VARIANTS, default_preprocessing
+from dpn_jax.config import default_preprocessing, get_config
 from dpn_jax.preprocess import Transform
 from tests.parity import reference
 from tests.parity.photos import PHOTOS
 
 
-def main() -> None:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to compare."""
+
+    models: tuple[str, ...] = ("dpn48b", "dpn68", "dpn68b", "dpn92", "dpn98", "dpn131", "dpn107")
+    """Variants."""
+    photos: int = len(PHOTOS)
+    """How many of the photos."""
+
+
+def main(options: Options) -> None:
     """Prints a row for each variant."""
     print_setting("benchmarks.parity")
-    print(f"\n| variant | float64 | float32 | top-5 of {len(PHOTOS)} photos |\n|---|---|---|---|")
-    for variant, config in VARIANTS.items():
-        transform = Transform(default_preprocessing(config))
-        images = np.stack([transform(photo) for photo in PHOTOS])
+    photos = PHOTOS[: options.photos]
+    print(f"\n| variant | float64 | float32 | top-5 of {len(photos)} photos |\n|---|---|---|---|")
+    for variant in options.models:
+        transform = Transform(default_preprocessing(get_config(variant)))
+        images = np.stack([transform(photo) for photo in photos])
         with tempfile.TemporaryDirectory() as folder:
             path = reference.write(reference.randomised(variant), Path(folder) / f"{variant}.safetensors")
             *double, top5_double = compare(path, images, "float64")
@@ -36,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(tyro.cli(Options)))

@@ -149,7 +149,7 @@ def fast_apply(model: DPN, images: jax.Array, *, backend: str | None = None) -> 
       1
     """
     plan = _plan(backend)
-    rearranged = nnx.merge(*nnx.split(model))  # other modules with the same values
+    rearranged = nnx.clone(model)
     _rearrange(rearranged, plan, back=False)
     outputs = rearranged(images)
     _rearrange(rearranged, plan, back=True)

@@ -1,0 +1,57 @@
+"""Every benchmark runs, at a tiny size, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(module: str, *options: str, json_file: Path | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", module, *options, *(["--json", str(json_file)] if json_file else [])]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        ("benchmarks.cpu", ("--batches", "1", "--training-batches", "2", "--skip-compile")),
+        ("benchmarks.gpu", ("--batches", "2", "--device", "cpu", "--probe", "64", "--compile-modes")),
+    ],
+)
+def test_both_sides_are_timed_in_both_tasks(module: str, options: tuple[str, ...], tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    done = run(module, "--models", "dpn48b", "--size", "32", "--rounds", "1", *options, json_file=report)
+    assert done.returncode == 0, done.stderr
+    assert f"$ python -m {module}" in done.stdout and "jax 0." in done.stdout
+    figures = json.loads(report.read_text())
+    assert {row["task"] for row in figures["rows"]} == {"inference", "training"}
+    assert {row["contender"].split()[0] for row in figures["rows"]} == {"dpn_jax", "timm"}
+    for row in figures["rows"]:
+        assert row["images_per_second"] == pytest.approx(1e3 * row["batch"] / row["median_ms"])
+
+
+def test_a_missing_card_is_one_line() -> None:
+    done = run("benchmarks.gpu")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "no cuda" in done.stderr
+
+
+def test_parity_prints_its_table() -> None:
+    done = run("benchmarks.parity", "--models", "dpn48b", "--photos", "1")
+    assert done.returncode == 0, done.stderr
+    assert "| dpn48b |" in done.stdout
+
+
+def test_tpu_compiler() -> None:
+    pytest.importorskip("libtpu")
+    done = run("benchmarks.tpu_compile", "--models", "dpn48b", "--size", "32", "--batches", "8")
+    assert done.returncode == 0, done.stderr
+    assert "fast" in done.stdout and "plain" in done.stdout
