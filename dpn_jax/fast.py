@@ -95,12 +95,14 @@ class Folded(NamedTuple):
     classifier: tuple[jax.Array, jax.Array] | None
 
 
-def fast_forward(model: DPN, *, backend: str | None = None) -> "FastForward":
+def fast_forward(model: DPN, *, backend: str | None = None, donate: bool = False) -> "FastForward":
     """A jitted forward pass in eval mode, faster than `jax.jit(model)` and equal to it up to rounding.
 
     Args:
       model: the model; its parameters are copied, later changes to it are not seen.
       backend: 'cpu', 'gpu' or 'tpu': whose formulations to take; left out, the default backend's.
+      donate: give the model's arrays up, block by block, so that parameters are in memory about once, not twice. The
+        model cannot be used afterwards.
 
     Returns:
       A function of images `[B, H, W, C]`, normalised floats, that gives what `model(images)` gives. It compiles once
@@ -118,7 +120,7 @@ def fast_forward(model: DPN, *, backend: str | None = None) -> "FastForward":
     """
     plan = _plan(backend)
     options = dict(plan.compiler_options) if plan is PLANS.get(jax.default_backend()) else {}
-    return FastForward(model, plan, compiler_options=options)
+    return FastForward(model, plan, compiler_options=options, donate=donate)
 
 
 def fast_apply(model: DPN, images: jax.Array, *, backend: str | None = None) -> jax.Array:
@@ -160,11 +162,13 @@ def fast_apply(model: DPN, images: jax.Array, *, backend: str | None = None) -> 
 class FastForward:
     """What `fast_forward` returns: `params`, and a pure `apply(params, images)`."""
 
-    def __init__(self, model: DPN, plan: Plan, *, compiler_options: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, model: DPN, plan: Plan, *, compiler_options: Mapping[str, str] | None = None, donate: bool = False
+    ) -> None:
         self.config = model.config
         self.plan = plan
         self.dtype = model.dtype
-        self.params = fold(model, plan)
+        self.params = fold(model, plan, donate=donate)
         self.jitted = jax.jit(self.apply, compiler_options=dict(compiler_options or {}))
 
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -244,8 +248,8 @@ def _rearrange(model: DPN, plan: Plan, *, back: bool) -> None:
                 conv.kernel.set_value(move(conv.kernel.get_value(), stage.groups, axis=2))
 
 
-def fold(model: DPN, plan: Plan) -> Folded:
-    """A model's parameters for `FastForward.apply`, computed in float64 and then cast to the model's dtype."""
+def fold(model: DPN, plan: Plan, *, donate: bool = False) -> Folded:
+    """A model's parameters for `FastForward.apply`, computed in float32 at least and then cast to the model's dtype."""
 
     def cast(array: np.ndarray) -> jax.Array:
         return jnp.asarray(np.ascontiguousarray(array).astype(model.dtype))
@@ -289,6 +293,9 @@ def fold(model: DPN, plan: Plan) -> Folded:
         folded_blocks = []
         for block in blocks:
             folded_blocks.append(folded_block(stage, block, cuts))
+            if donate:
+                for array in jax.tree.leaves(jax.block_until_ready((folded_blocks[-1], nnx.state(block)))[1]):
+                    array.delete()
             cuts = [stage.residual]
         stages.append(tuple(folded_blocks))
     head = model.classifier
@@ -302,13 +309,14 @@ def fold(model: DPN, plan: Plan) -> Folded:
 
 
 def _affine(norm: NormAct) -> tuple[np.ndarray, np.ndarray]:
-    """`NormAct` in eval mode as `x * scale + shift`, float64."""
+    """`NormAct` in eval mode as `x * scale + shift`."""
     scale = _kernel(norm.scale) / np.sqrt(_kernel(norm.var) + norm.epsilon)
     return scale, _kernel(norm.bias) - _kernel(norm.mean) * scale
 
 
 def _kernel(variable: nnx.Variable) -> np.ndarray:
-    return np.asarray(variable.get_value()).astype(np.float64)
+    array = np.asarray(variable.get_value())
+    return array.astype(np.promote_types(array.dtype, np.float32), copy=False)
 
 
 def _expand_kernels(block: DualPathBlock, stage: StageConfig) -> list[np.ndarray]:

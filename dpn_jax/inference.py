@@ -46,6 +46,7 @@ class Classifier:
       batch_size: most images run at once. Fewer are padded to a power of two, so that few sizes are ever compiled.
       device: where to run; left out, JAX's default device.
       workers: threads that read and prepare images while the device works.
+      donate: take the model's arrays over, see `fast_forward`.
 
     Attributes:
       throughput: how fast the last stream was that was read to its end; None where that was too short to tell.
@@ -72,6 +73,7 @@ class Classifier:
         batch_size: int = 32,
         device: jax.Device | None = None,
         workers: int | None = None,
+        donate: bool = False,
     ) -> None:
         config, provenance = model.config, model.provenance
         if not config.num_classes or not config.global_pool:
@@ -100,8 +102,8 @@ class Classifier:
         self.workers = workers or os.cpu_count()
         self.throughput: Throughput | None = None
         self._device = device
-        self._forward = fast_forward(model, backend=None if device is None else device.platform)
-        self._params = jax.device_put(self._forward.params, device)
+        self._forward = fast_forward(model, backend=None if device is None else device.platform, donate=donate)
+        self._forward.params = jax.device_put(self._forward.params, device)
 
     @classmethod
     def from_pretrained(
@@ -126,7 +128,15 @@ class Classifier:
           CheckpointError, ValueError: as `dpn_jax.from_pretrained` and `Classifier`.
         """
         model = from_pretrained(source, **options)
-        return cls(model, transform=transform, labels=labels, batch_size=batch_size, device=device, workers=workers)
+        return cls(
+            model,
+            transform=transform,
+            labels=labels,
+            batch_size=batch_size,
+            device=device,
+            workers=workers,
+            donate=True,
+        )
 
     def __call__(
         self, images: ImageSource | Sequence[ImageSource], *, top_k: int = 5
@@ -236,7 +246,7 @@ class Classifier:
         """Starts a batch, padded, and returns its logits, padding included, before they are computed."""
         padded = np.zeros((size or self._padded(len(images)), *images[0].shape), np.float32)
         np.stack(images, out=padded[: len(images)])
-        return self._forward.jitted(self._params, jax.device_put(padded, self._device))
+        return self._forward(jax.device_put(padded, self._device))
 
     def _report(
         self, prepared: list[np.ndarray | ImageError], logits: concurrent.futures.Future | None, top_k: int

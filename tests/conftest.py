@@ -38,3 +38,9 @@ def tiny_timm(timm: ModuleType) -> torch.nn.Module:
 def tiny_timm_file(tiny_timm: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its weights as timm publishes them; do not change the file."""
     return save_timm(tiny_timm, tmp_path_factory.mktemp("timm") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def dpn92_file(timm: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """timm's untrained DPN-92; do not change the file."""
+    return save_timm(timm.create_model("dpn92"), tmp_path_factory.mktemp("dpn92") / "dpn92.safetensors")

@@ -539,11 +539,6 @@ print(memory("VmHWM:") - before)
 """
 
 
-@pytest.fixture(scope="module")
-def dpn92_file(timm: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_timm(timm.create_model("dpn92"), tmp_path_factory.mktemp("dpn92") / "dpn92.safetensors")
-
-
 @pytest.mark.slow
 def test_conversion_needs_little_more_memory_than_the_file_has(
     dpn92_file: Path, tiny_timm_file: Path, tmp_path: Path

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +94,66 @@ def test_training_mode_and_later_changes_do_not_matter() -> None:
     model.norm.mean.set_value(model.norm.mean[...] + 1)
     np.testing.assert_array_equal(forward(images), before)
     assert not np.allclose(dpn_jax.fast_forward(model)(images), before)
+
+
+MEMORY_CHILD = """
+import resource, sys
+import jax.numpy as jnp
+from flax import nnx
+import dpn_jax
+model, images = dpn_jax.load(sys.argv[2]), jnp.ones((1, 224, 224, 3))
+plain = nnx.jit(lambda model, images: model(images))
+forward = dpn_jax.fast_forward(model, donate=True) if sys.argv[1] == "fast" else lambda images: plain(model, images)
+forward(images).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_folding_takes_little_more_memory_than_the_plain_form(dpn92_file: Path) -> None:
+    peak = {
+        form: int(subprocess.run([sys.executable, "-c", MEMORY_CHILD, form, str(dpn92_file)], capture_output=True,
+                                 text=True, check=True, cwd=Path(__file__).parents[1]).stdout)
+        for form in ("plain", "fast")
+    }  # fmt: skip
+    assert peak["fast"] <= 1.1 * peak["plain"], peak
+
+
+def test_a_donated_model_is_used_up() -> None:
+    model = randomised(TINY)
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    expected = dpn_jax.fast_forward(model)(images)
+    np.testing.assert_array_equal(dpn_jax.fast_forward(model, donate=True)(images), expected)
+    with pytest.raises(RuntimeError, match="deleted"):
+        model(images)
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes"),
+    [
+        ("cpu", {"drop_rate": 0.5, "split_expand": True}),
+        pytest.param("tpu", {"drop_rate": 0.5}, marks=pytest.mark.slow),
+        pytest.param("gpu", {"split_expand": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_fast_apply_is_the_model_in_training(backend: str, changes: dict[str, object]) -> None:
+    with jax.enable_x64(True):
+        ours, plain = (randomised(TINY, **changes, dtype="float64", param_dtype="float64") for _ in range(2))
+        ours.train(), plain.train()
+        images = jax.random.normal(jax.random.key(0), (2, 45, 64, ours.config.in_channels), "float64")
+        for _ in range(2):  # the second step sees the first one's statistics and another dropout
+            got, gradients = nnx.jit(
+                nnx.value_and_grad(lambda model: dpn_jax.fast_apply(model, images, backend=backend).var())
+            )(ours)
+            expected, wanted = nnx.jit(nnx.value_and_grad(lambda model: model(images).var()))(plain)
+            np.testing.assert_allclose(got, expected, rtol=1e-11)
+            for mine, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
+                np.testing.assert_allclose(mine, other, atol=1e-11)
+        for mine, other in zip(jax.tree.leaves(nnx.state(ours)), jax.tree.leaves(nnx.state(plain)), strict=True):
+            if jnp.issubdtype(mine.dtype, jnp.number):
+                np.testing.assert_allclose(mine, other, rtol=1e-11)
+            else:
+                np.testing.assert_array_equal(jax.random.key_data(mine), jax.random.key_data(other))
 
 
 def test_wrong_arguments() -> None:

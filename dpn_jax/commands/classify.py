@@ -31,14 +31,14 @@ class Classify(ClassifierOptions):
 
     images: tyro.conf.Positional[tuple[str, ...]]
     """Photos, and folders of photos."""
-    top_k: int = 5
-    """How many classes to name."""
+    top_k: int | None = None
+    """How many classes to name; left out 5, or all of fewer."""
     format: Format = "table"
     """table for people; json (one object a line) or csv for programs."""
 
     def run(self) -> int:
         """Classifies, and prints as it goes."""
-        if self.top_k < 1:
+        if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"--top-k must be at least 1, got {self.top_k}")
         self.check()
         if not self.images:
@@ -52,7 +52,8 @@ class Classify(ClassifierOptions):
             return NOTHING_DONE
         classifier = self.classifier()
         done = 0
-        with contextlib.closing(classifier.stream(paths, top_k=self.top_k)) as results:
+        top_k = self.top_k or min(5, len(classifier.labels))
+        with contextlib.closing(classifier.stream(paths, top_k=top_k)) as results:
             print_header(self.format)
             for path, result in zip(paths, progress(results, len(paths), "image"), strict=True):
                 if isinstance(result, ImageError):

@@ -94,6 +94,7 @@ class ClassifierOptions(ModelOptions):
             labels=read_labels(self.labels, model.config.num_classes) if self.labels else None,
             batch_size=self.batch_size,
             device=find_device(self.device),
+            donate=True,
         )
 
 
