@@ -56,7 +56,7 @@ def create_timm_model(config: DPNConfig) -> "torch.nn.Module":
     timm = import_timm()
     head = {"num_classes": config.num_classes, "in_chans": config.in_channels, "global_pool": config.global_pool}
     variant = variant_of(config)
-    if variant:
+    if variant and timm.is_model(variant):
         return timm.create_model(variant, **head).eval()
     small = config.residual_width == 64
     if len(config.depths) > 4 or config.stem_kernel != (3 if small else 7) or config.residual_width not in (64, 256):

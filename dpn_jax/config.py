@@ -210,6 +210,16 @@ VARIANTS: dict[str, DPNConfig] = {
     "dpn107": DPNConfig(
         depths=(4, 8, 20, 3), dense_increments=(20, 64, 64, 128), bottleneck_width=200, groups=50, stem_features=128
     ),
+    # not timm's: small enough to come with the package, and trained in minutes on a CPU
+    "dpn_tiny": DPNConfig(
+        depths=(1, 2, 2, 1),
+        dense_increments=(8, 8, 8, 8),
+        bottleneck_width=16,
+        groups=4,
+        residual_width=64,
+        stem_features=16,
+        stem_kernel=3,
+    ),
 }
 
 
@@ -251,7 +261,11 @@ class PretrainedTag:
       variant: the architecture's name in `VARIANTS`.
       preprocessing: how timm evaluates these weights.
       test_preprocessing: how timm evaluates them with `use_test_size`, where that differs.
-      top1, top5: published ImageNet-1k accuracy with `preprocessing`, percent (timm `results/results-imagenet.csv`).
+      top1, top5: accuracy with `preprocessing`, percent: the published one on ImageNet-1k (timm
+        `results/results-imagenet.csv`), or on what `data` names.
+      num_classes: width of the classifier.
+      packaged: name of the file where it comes with this package; the others are on the hub.
+      data: what the weights were trained for.
     """
 
     variant: str
@@ -259,11 +273,14 @@ class PretrainedTag:
     test_preprocessing: Preprocessing | None = None
     top1: float
     top5: float
+    num_classes: int = 1000
+    packaged: str | None = None
+    data: str = "ImageNet-1k"
 
     @property
     def config(self) -> DPNConfig:
         """The architecture of the published weights."""
-        return VARIANTS[self.variant]
+        return VARIANTS[self.variant].replace(num_classes=self.num_classes)
 
 
 _MX = Preprocessing(mean=DPN_MEAN, std=DPN_STD)
@@ -291,7 +308,7 @@ def list_models() -> list[str]:
 
     Example:
       >>> list_models()
-      ['dpn48b', 'dpn68', 'dpn68b', 'dpn92', 'dpn98', 'dpn131', 'dpn107']
+      ['dpn48b', 'dpn68', 'dpn68b', 'dpn92', 'dpn98', 'dpn131', 'dpn107', 'dpn_tiny']
     """
     return list(VARIANTS)
 

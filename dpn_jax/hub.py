@@ -36,7 +36,7 @@ def locate(source: str | Path, *, revision: str | None = None) -> Located:
     """Turns what a user names into a file on this machine, downloading it where needed.
 
     Args:
-      source: a pretrained tag ('dpn92.mx_in1k'), a hub id ('timm/dpn92.mx_in1k', 'hf-hub:julien-c/timm-dpn92'), a file,
+      source: a pretrained tag ('dpn92.mx_in1k'; 'dpn_tiny.digits' comes with this package), a hub id ('timm/dpn92.mx_in1k', 'hf-hub:julien-c/timm-dpn92'), a file,
         or a folder with `config.json` and the weights.
       revision: branch, tag or commit on the hub.
 
@@ -55,6 +55,8 @@ def locate(source: str | Path, *, revision: str | None = None) -> Located:
     except OSError as error:  # such as a name that is too long
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     if name in PRETRAINED:
+        if packaged := PRETRAINED[name].packaged:
+            return Located(Path(__file__).with_name(packaged), source=name)
         name = f"timm/{name}"
     if name in VARIANTS:
         tags = [tag for tag, pretrained in PRETRAINED.items() if pretrained.variant == name]

@@ -1,0 +1,273 @@
+"""Images into batches: deterministic, read by worker processes, to be resumed at any batch."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import math
+import os
+import sys
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dpn_jax.config import Preprocessing
+from dpn_jax.finetune.augment import color_jitter, rand_augment, random_crop
+from dpn_jax.finetune.config import FinetuneConfig
+from dpn_jax.finetune.folders import ImageFolder as ImageFolder
+from dpn_jax.finetune.folders import image_folder as image_folder
+from dpn_jax.finetune.workers import DataError as DataError
+from dpn_jax.finetune.workers import prefetched, refuse_in_starting_worker
+from dpn_jax.preprocess import ImageError, Transform, read_image
+
+Batch = dict[str, np.ndarray]
+State = dict[str, int | str]
+
+_FILES_A_CHECK = 32
+
+
+class BatchIterator(Iterator[Batch]):
+    """Batches, read ahead by worker processes or threads; see `batches`.
+
+    Its state is a number and a fingerprint: it does not depend on the workers, and is the batch that comes next,
+    whatever was read ahead. `close` it, or use it in a `with` statement, to end the workers at once.
+
+    Attributes:
+      per_epoch: batches in one pass over the data.
+    """
+
+    def __init__(self, source: "_Batches", workers: int) -> None:
+        self.per_epoch = source.per_epoch
+        self._source = source
+        self._workers = workers
+        self._next = 0
+        self._running: Iterator[Batch] | None = None
+
+    def __next__(self) -> Batch:
+        if self._next >= len(self._source):
+            raise StopIteration
+        if self._running is None:
+            self._running = prefetched(self._source, self._workers, start=self._next)
+            weakref.finalize(self, self._running.close)  # at the interpreter's end, while Grain can still do it
+        try:
+            batch = next(self._running)
+        except BaseException:
+            self.close()
+            raise
+        self._next += 1
+        return batch
+
+    def get_state(self) -> State:
+        """What `set_state` of another iterator over the same data needs to go on here: a number and a string."""
+        return {"next_index": self._next, "data": self._source.fingerprint}
+
+    def set_state(self, state: State) -> None:
+        """Goes on where `state` was taken.
+
+        Raises:
+          DataError: it was taken over other images, another batch size or another seed.
+        """
+        if state["data"] != self._source.fingerprint:
+            raise DataError(
+                "the images, batch_size or seed are not those of the saved run, so it cannot go on with the images "
+                "that it would have seen; restore them, or start a new run"
+            )
+        self.close()
+        self._next = int(state["next_index"])
+
+    def close(self) -> None:
+        """Ends the workers; the next batch would start others."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.close()
+
+    def __enter__(self) -> "BatchIterator":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def batches(
+    folder: ImageFolder,
+    config: FinetuneConfig,
+    preprocessing: Preprocessing,
+    *,
+    train: bool,
+    epochs: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> BatchIterator:
+    """Reads, augments and batches the images of a folder.
+
+    Each epoch's order follows from `config.seed` and the epoch, each image's augmentation from `config.seed`, the epoch
+    and its index, so that neither the workers nor a pause changes anything. Images stay uint8: the step normalises.
+
+    Args:
+      folder: the images.
+      config: batch size, seed, workers, augmentation, and image size where it is not that of `preprocessing`.
+      preprocessing: size, interpolation, and channels: RGB, or grey with one channel of mean.
+      train: True: shuffled, augmented, an incomplete last batch of an epoch left out. False: in order, timm's
+        evaluation crop, the last batch of an epoch filled up with images of zeros whose weight is 0.
+      epochs: how often every image is seen; left out, without end when training and once otherwise.
+      process_index, process_count: which host this is of how many; each gets its slice of every batch.
+
+    Returns:
+      An iterator over {'image': uint8 [B, S, S, C], 'label': int32 [B], 'weight': float32 [B]}, B being
+      `config.batch_size / process_count`. Reading raises DataError for a broken image and for a worker that died.
+
+    Raises:
+      DataError: a training batch is larger than the data.
+      ValueError: `process_count` does not divide the batch size, or `preprocessing` has neither 1 nor 3 channels.
+
+    Example:
+      >>> folder = ImageFolder(("cat", "dog"), ("cat/1.png", "dog/1.png", "dog/2.png"), (0, 1, 1))
+      >>> batches(folder, FinetuneConfig(batch_size=2), Preprocessing(), train=True).per_epoch
+      1
+    """
+    refuse_in_starting_worker()
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index must be in [0, {process_count}), got {process_index!r}")
+    if config.batch_size % process_count:
+        raise ValueError(f"batch_size must be a multiple of the {process_count} processes, got {config.batch_size}")
+    if train and config.batch_size > len(folder):
+        raise DataError(f"batch_size {config.batch_size} is larger than the {len(folder)} training images; lower it")
+    if config.image_size is not None:
+        preprocessing = dataclasses.replace(preprocessing, image_size=config.image_size)
+    if epochs is None and not train:
+        epochs = 1
+    source = _Batches(folder, config, Transform(preprocessing), train, epochs, process_index, process_count)
+    return BatchIterator(source, config.workers)
+
+
+def find_broken(folder: ImageFolder, config: FinetuneConfig, preprocessing: Preprocessing) -> dict[str, str]:
+    """Reads every image once, in `config.workers` processes, and finds those that cannot be trained on.
+
+    Args:
+      folder: the images.
+      config: the workers.
+      preprocessing: as for `batches`.
+
+    Returns:
+      The reason for each such file, one line that names it; `folder.without(...)` leaves them out.
+
+    Raises:
+      DataError: a worker died.
+    """
+    refuse_in_starting_worker()
+    with contextlib.closing(prefetched(_Checks(folder, Transform(preprocessing)), config.workers)) as found:
+        return {file: reason for checked in found for file, reason in checked}
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch, 0]).permutation(size)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batches:
+    """Every batch of a run by its index: what Grain's workers read."""
+
+    folder: ImageFolder
+    config: FinetuneConfig
+    transform: Transform
+    train: bool
+    epochs: int | None
+    process_index: int
+    process_count: int
+
+    @property
+    def per_epoch(self) -> int:
+        rounded = math.floor if self.train else math.ceil
+        return rounded(len(self.folder) / self.config.batch_size)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of what decides the order of the images, but not where the folder lies."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(repr((self.train, self.config.batch_size, self.config.seed)).encode())
+        for file, label in zip(self.folder.files, self.folder.labels, strict=True):
+            digest.update(b"%d/%s\0" % (label, os.fsencode(Path(file).name)))
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return sys.maxsize if self.epochs is None else self.epochs * self.per_epoch
+
+    def __getitem__(self, index: int) -> Batch:
+        epoch, number = divmod(index, self.per_epoch)
+        config, size, total = self.config, self.transform.preprocessing.image_size, len(self.folder)
+        order = _order(config.seed, epoch, total) if self.train else range(total)
+        count = config.batch_size // self.process_count
+        first = number * config.batch_size + self.process_index * count
+        batch = {
+            "image": np.zeros((count, size, size, len(self.transform.preprocessing.mean)), np.uint8),
+            "label": np.zeros(count, np.int32),
+            "weight": np.zeros(count, np.float32),
+        }
+        for row, chosen in enumerate(order[first : first + count]):
+            batch["image"][row] = self._image(epoch, int(chosen))
+            batch["label"][row] = self.folder.labels[chosen]
+            batch["weight"][row] = 1
+        return batch
+
+    def _image(self, epoch: int, index: int) -> np.ndarray:
+        file = self.folder.files[index]
+        try:
+            if not self.train:
+                return self.transform.crop(file)
+            return _augmented(
+                file, self.config, self.transform, np.random.default_rng([self.config.seed, epoch, index + 1])
+            )
+        except ImageError as error:
+            raise DataError(
+                f"{error}; repair or remove the file, or leave such files out with --skip-broken"
+            ) from error
+
+
+def _augmented(file: str, config: FinetuneConfig, transform: Transform, generator: np.random.Generator) -> np.ndarray:
+    """uint8 [S, S, C], in timm's order: `timm.data.transforms_factory.transforms_imagenet_train`."""
+    settings = transform.preprocessing
+    size, channels = settings.image_size, len(settings.mean)
+    if config.crop_scale == (1, 1):
+        pixels = transform.crop(file)
+        image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
+    else:
+        scale, ratio = config.crop_scale, config.crop_ratio
+        # no crop may be enlarged that a full decoding would not enlarge, so the smallest one counts
+        at_least = math.ceil(size / math.sqrt(scale[0] * min(ratio[0], 1 / ratio[1], 1)))
+        image = read_image(file, mode="L" if channels == 1 else "RGB", at_least=at_least)
+        image = random_crop(image, size, generator, scale=scale, ratio=ratio, interpolation=settings.interpolation)
+    if generator.random() < config.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if config.randaugment:
+        fill = tuple(min(255, round(255 * mean)) for mean in settings.mean)
+        image = rand_augment(
+            image, generator, magnitude=config.randaugment, layers=config.randaugment_layers,
+            fill=fill[0] if channels == 1 else fill,
+        )  # fmt: skip
+    if config.color_jitter:
+        image = color_jitter(image, config.color_jitter, generator)
+    return np.asarray(image).reshape(size, size, channels)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checks:
+    """The broken files of every few files by their index."""
+
+    folder: ImageFolder
+    transform: Transform
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.folder) / _FILES_A_CHECK)
+
+    def __getitem__(self, index: int) -> list[tuple[str, str]]:
+        broken = []
+        for file in self.folder.files[index * _FILES_A_CHECK : (index + 1) * _FILES_A_CHECK]:
+            try:
+                self.transform.crop(file)
+            except ImageError as error:
+                broken.append((file, str(error)))
+        return broken

@@ -1,0 +1,112 @@
+"""What training and validation steps measured, fetched late so that the device never waits for the host."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from dpn_jax.finetune.checkpoints import RunError
+from dpn_jax.finetune.step import Batch, Metrics, TrainState, eval_step
+
+Row = dict[str, Any]
+"""A line of `metrics.jsonl`: `split`, `step`, and numbers by name."""
+
+_STEPS_IN_FLIGHT = 2
+
+
+class DivergedError(RunError):
+    """The loss, the gradient or a parameter is no longer finite."""
+
+
+class Window:
+    """The metrics of the training steps since the last line of the log.
+
+    Example:
+      >>> window = Window()
+      >>> for step, loss in enumerate((2.0, 1.0), start=1):
+      ...     metrics = {"loss": 4 * loss, "correct": 2.0, "count": 4.0, "gradient_norm": 1.0, "learning_rate": 0.1}
+      ...     window.add(step, {name: jax.numpy.float32(value) for name, value in metrics.items()})
+      >>> window.fetch()
+      >>> window.means()["loss"]
+      1.5
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        """Of what was fetched; JSON, so that a checkpoint can hold it."""
+        self._pending: list[tuple[int, Metrics]] = []
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of a step, which may still run."""
+        self._pending.append((step, metrics))
+        wait([metrics for _, metrics in self._pending])
+
+    def fetch(self) -> None:
+        """Waits for the steps and adds up what they measured.
+
+        Raises:
+          DivergedError: a loss or a gradient is not finite; the message names the step and the learning rate.
+        """
+        pending, self._pending = jax.device_get(self._pending), []
+        for step, metrics in pending:
+            values = {name: float(value) for name, value in metrics.items()} | {"steps": 1.0}
+            for name in ("loss", "gradient_norm"):
+                if not math.isfinite(values[name]):
+                    what = f"the {name.replace('_', ' ')} is {values[name]}"
+                    raise DivergedError(f"{what} at step {step}, learning rate {values['learning_rate']:.3g}")
+            for name, value in values.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            self.sums["learning_rate"] = values["learning_rate"]  # the last one
+
+    def means(self) -> dict[str, float]:
+        """Means over the images, or the steps, that were fetched; begins anew."""
+        sums, self.sums = self.sums, {}
+        return {
+            "loss": sums["loss"] / sums["count"],
+            "accuracy": sums["correct"] / sums["count"],
+            "learning_rate": sums["learning_rate"],
+            "gradient_norm": sums["gradient_norm"] / sums["steps"],
+        }
+
+
+def validate(
+    state: TrainState, batches: Iterable[Batch], *, ema: bool, stop: Callable[[], bool]
+) -> dict[str, float] | None:
+    """Means over the validation images.
+
+    Args:
+      state: the state; it stays as it is.
+      batches: all of them.
+      ema: measure the moving average.
+      stop: asked before each batch whether to give up.
+
+    Returns:
+      `loss`, `accuracy` and `accuracy5`; None where it gave up.
+
+    Raises:
+      DivergedError: the loss is not finite.
+    """
+    found: list[Metrics] = []
+    for batch in batches:
+        if stop():
+            return None
+        found.append(eval_step(state, batch, ema=ema))
+        wait(found)
+    found = jax.device_get(found)
+    sums = {name: math.fsum(float(metrics[name]) for metrics in found) for name in found[0]}
+    if not math.isfinite(sums["loss"]):
+        raise DivergedError(f"the validation loss is {sums['loss']} after step {int(state.step)}")
+    names = {"loss": "loss", "accuracy": "correct", "accuracy5": "correct5"}
+    return {name: sums[summed] / sums["count"] for name, summed in names.items()}
+
+
+def wait(metrics: list[Metrics]) -> None:
+    """Lets the device be a few steps behind, so that it always has work, but no more: each step holds its batch."""
+    if len(metrics) > _STEPS_IN_FLIGHT:
+        jax.block_until_ready(metrics[-1 - _STEPS_IN_FLIGHT])
+
+
+def quality(row: Row) -> tuple[float, float]:
+    """What makes one validation better than another: accuracy, then loss."""
+    return row["accuracy"], -row["loss"]

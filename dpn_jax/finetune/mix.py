@@ -1,0 +1,51 @@
+"""Mixup and cutmix of a batch, inside the step."""
+
+import jax
+import jax.numpy as jnp
+
+
+def mix(
+    key: jax.Array, images: jax.Array, targets: jax.Array, *, mixup: float = 0.0, cutmix: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """Mixes each image, and its target, with the one that is as far from the other end of the batch.
+
+    Mixup adds a share of both, cutmix replaces a rectangle. With both, each batch takes one of the two, evenly. The
+    share is drawn once a batch; cutmix's is that of the area that is really kept, after clipping at the border.
+
+    Args:
+      key: the random key.
+      images: floats `[B, H, W, C]`.
+      targets: shares of the classes `[B, K]`.
+      mixup, cutmix: alpha of the beta distribution of the share; 0 is off.
+
+    Returns:
+      Mixed images and targets.
+
+    Source: `timm.data.mixup.Mixup`; arXiv 1710.09412, 1905.04899.
+    """
+    if not (mixup or cutmix):
+        return images, targets
+    choice, draw, corner = jax.random.split(key, 3)
+    cuts = jax.random.bernoulli(choice) if mixup and cutmix else jnp.asarray(bool(cutmix))
+    alpha = jnp.where(cuts, cutmix, mixup).astype(targets.dtype)
+    # beta(alpha, alpha); jax.random.beta itself draws each of its two numbers by a program of its own
+    share = jax.random.dirichlet(draw, jnp.stack([alpha, alpha]), dtype=targets.dtype)[0]
+    kept = share
+    if cutmix:
+        outside = _outside_box(corner, share, *images.shape[1:3]).astype(targets.dtype)
+        kept = jnp.where(cuts, outside, share)[:, :, None]
+        share = jnp.where(cuts, outside.mean(), share)
+    kept = kept.astype(images.dtype)
+    return kept * images + (1 - kept) * images[::-1], share * targets + (1 - share) * targets[::-1]
+
+
+def _outside_box(key: jax.Array, area: jax.Array, height: int, width: int) -> jax.Array:
+    """False in a rectangle of `1 - area` of the image around a random pixel, clipped at the border: `[H, W]`."""
+    side = jnp.sqrt(1 - area)
+    inside = []
+    for axis_key, length in zip(jax.random.split(key), (height, width), strict=True):
+        half = (length * side).astype(jnp.int32) // 2
+        centre = jax.random.randint(axis_key, (), 0, length)
+        places = jnp.arange(length, dtype=jnp.int32)
+        inside.append((places >= centre - half) & (places < centre + half))
+    return ~(inside[0][:, None] & inside[1])

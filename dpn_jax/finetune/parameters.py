@@ -1,0 +1,121 @@
+"""Which parameter is trained, which one decays, and how far it is from the classifier: told by its path."""
+
+from typing import TypeVar
+
+import jax
+from flax import nnx
+from jax.tree_util import KeyPath
+
+from dpn_jax.finetune.config import FinetuneConfig
+from dpn_jax.layers import NormAct
+from dpn_jax.model import DPN
+
+Path = tuple[str | int, ...]
+"""Where a parameter is, such as `("stages", 0, 2, "reduce", "conv", "kernel")`."""
+
+Tree = TypeVar("Tree")
+
+
+def trainable(config: FinetuneConfig, params: Tree) -> Tree:
+    """Which parameters `config.freeze` leaves to be trained.
+
+    Args:
+      config: the choices.
+      params: the parameters, `nnx.state(model, nnx.Param)`, any tree with its paths, or a part of it.
+
+    Returns:
+      The same tree of booleans.
+    """
+    return jax.tree.map_with_path(lambda path, _: _is_trainable(config.freeze, path_of(path)), params)
+
+
+def decayed(params: Tree) -> Tree:
+    """Which parameters weight decay applies to: kernels, neither norms nor biases. Arguments as for `trainable`."""
+    return jax.tree.map_with_path(lambda path, _: path_of(path)[-1] == "kernel", params)
+
+
+def frozen_norms(config: FinetuneConfig, model: DPN) -> tuple[str, ...]:
+    """The norms that use their running statistics in training and keep them.
+
+    All of them for `norms="frozen"`; otherwise those whose parameters `freeze` does not train.
+
+    Raises:
+      ValueError: `config.freeze` does not fit the model.
+
+    Example:
+      >>> from dpn_jax import create_model
+      >>> model = create_model("dpn68", num_classes=10, depths=(1,), dense_increments=(8,))
+      >>> frozen_norms(FinetuneConfig(freeze="stage1"), model)[:3]
+      ('stem.norm', 'stages.0.0.shortcut.norm', 'stages.0.0.reduce.norm')
+    """
+    check_freeze(config, model)
+    paths = sorted((path for path, module in nnx.iter_modules(model) if isinstance(module, NormAct)), key=_order)
+    frozen = [p for p in paths if config.norms == "frozen" or not _is_trainable(config.freeze, (*p, "scale"))]
+    return tuple(".".join(map(str, path)) for path in frozen)
+
+
+def check_freeze(config: FinetuneConfig, model: DPN) -> None:
+    """Refuses to freeze stages that the model does not have, or all of it.
+
+    Raises:
+      ValueError: see above; the message names the value and what is possible.
+    """
+    stages = len(model.config.depths)
+    if _stage(config.freeze) > stages:
+        raise ValueError(f"freeze must be stage1 to stage{stages} for this model, got {config.freeze!r}")
+    if not any(jax.tree.leaves(trainable(config, nnx.state(model, nnx.Param)))):
+        raise ValueError(f"freeze={config.freeze!r} leaves nothing to train in a model without a classifier")
+
+
+def distance(path: Path, depths: tuple[int, ...]) -> int:
+    """Blocks between a parameter and the classifier, whose own distance is 0.
+
+    The last block and the final norm are at 1, as in timm, and the stem is the furthest.
+
+    Args:
+      path: where the parameter is.
+      depths: blocks in each stage.
+
+    Source: `timm.optim.param_groups_layer_decay` with `timm.models.dpn.DPN.group_matcher`.
+
+    Example:
+      >>> distance(("stages", 1, 0, "reduce", "conv", "kernel"), (2, 3))
+      3
+    """
+    match path:
+        case ("classifier", *_):
+            return 0
+        case ("stages", int(stage), int(block), *_):
+            return sum(depths[stage:]) - block
+        case ("stem", *_):
+            return sum(depths) + 1
+    return 1
+
+
+def path_of(path: KeyPath) -> Path:
+    """A path of `jax.tree_util` as plain names and numbers, whether or not the leaves are NNX variables."""
+    keys = tuple(getattr(entry, "key", None) for entry in path)
+    return keys[:-1] if keys[-1] is None else keys  # a variable's value is an attribute, without a key
+
+
+def _is_trainable(freeze: str, path: Path) -> bool:
+    part = path[0]
+    match freeze:
+        case "none":
+            return True
+        case "backbone":
+            return part == "classifier"
+        case "weights":
+            return part == "classifier" or "norm" in path
+    return part not in ("stem", "stages") or (part == "stages" and path[1] >= _stage(freeze))
+
+
+def _stage(freeze: str) -> int:
+    """How many stages are frozen from the front."""
+    return int(freeze.removeprefix("stage")) if freeze.startswith("stage") else 0
+
+
+def _order(path: Path) -> tuple[int, ...]:
+    """The network's order of its parts."""
+    names = ("stem", "stages", "norm", "shortcut", "reduce", "grouped", "expand")
+    return tuple(names.index(key) if isinstance(key, str) else key for key in path)

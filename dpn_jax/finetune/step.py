@@ -1,0 +1,297 @@
+"""The training step: pure functions of a `TrainState` and a batch, one compiled program each."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from dpn_jax.config import DPNConfig, Preprocessing, default_preprocessing
+from dpn_jax.fast import fast_apply
+from dpn_jax.finetune.config import FinetuneConfig
+from dpn_jax.finetune.mix import mix
+from dpn_jax.finetune.parameters import frozen_norms, trainable
+from dpn_jax.model import DPN
+
+Batch = Mapping[str, jax.Array | np.ndarray]
+"""`image`: uint8 `[B, H, W, C]`, or floats that are normalised already. `label`: whole numbers `[B]`, or each class's
+share `[B, K]`. `weight`, which may be left out: `[B]`, how much an image counts, 0 for padding."""
+
+Metrics = dict[str, jax.Array]
+"""Sums over a batch, scalars: divide `loss`, `correct` and `correct5` by `count`. Training adds `gradient_norm` and
+`learning_rate`, which are no sums."""
+
+Tree = TypeVar("Tree")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a step is compiled for."""
+
+    graphdef: nnx.GraphDef[DPN] = dataclasses.field(hash=False, repr=False)
+    """The model in training mode, without its arrays. Hashing it takes longer than a step may cost in Python."""
+    architecture: DPNConfig
+    dtype: np.dtype
+    """Of targets, losses and metrics: the model's, float32 at least."""
+    tx: optax.GradientTransformation
+    config: FinetuneConfig
+    preprocessing: Preprocessing
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that training changes: a pytree of arrays, and what it needs to know (`setup`, not in the tree)."""
+
+    step: jax.Array
+    """int32, batches seen."""
+    params: nnx.State
+    statistics: nnx.State
+    """Of the norms."""
+    optimizer: optax.OptState
+    ema: tuple[nnx.State, nnx.State] | None
+    """Averages of `params` and `statistics`, where `config.ema_decay` asks for them."""
+    setup: Setup = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def create(
+        cls,
+        model: DPN,
+        tx: optax.GradientTransformation,
+        config: FinetuneConfig,
+        *,
+        preprocessing: Preprocessing | None = None,
+    ) -> Self:
+        """The state before the first step.
+
+        Args:
+          model: the model; its arrays are copied and it is left as it is. `dtype` and `remat` are its own, dropout is
+            the config's.
+          tx: the optimiser, from `make_optimizer` or any of optax.
+          config: the choices.
+          preprocessing: whose mean and deviation normalise uint8 images; left out, that of the model's weights.
+
+        Raises:
+          ValueError: the model has no classifier or no pooling, or `config.freeze` or the preprocessing does not fit.
+        """
+        preprocessing = preprocessing or model.provenance.preprocessing or default_preprocessing(model.config)
+        if not (model.config.num_classes and model.config.global_pool):
+            raise ValueError("training needs a model with a classifier and pooling; see DPN.reset_classifier")
+        if len(preprocessing.mean) != model.config.in_channels:
+            raise ValueError(
+                f"preprocessing has {len(preprocessing.mean)} channels and the model {model.config.in_channels}"
+            )
+        graphdef, params, statistics = _training_mode(model, config)
+        dtype = model.dtype if model.dtype.itemsize >= 4 else np.dtype(np.float32)
+        state = cls(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            statistics=statistics,
+            optimizer=tx.init(params),
+            ema=None if config.ema_decay is None else (params, statistics),
+            setup=Setup(graphdef, model.config, dtype, tx, config, preprocessing),
+        )
+        # a step takes over its state's buffers: no other array may share them
+        return jax.tree.map(lambda x: jnp.array(x, copy=True), state)
+
+    def model(self, *, ema: bool = False) -> DPN:
+        """The model, in eval mode; an independent copy on the default device, with its config and provenance.
+
+        Args:
+          ema: take the averages.
+
+        Raises:
+          ValueError: there are no averages.
+        """
+        arrays = jax.tree.map(lambda x: jnp.array(np.asarray(x), copy=True), self.weights(ema=ema))
+        model = nnx.merge(self.setup.graphdef, *arrays)
+        rate = self.setup.config.drop_rate
+        model.dropout = nnx.Dropout(rate, rngs=nnx.Rngs(self.setup.config.seed) if rate else None)
+        model.eval()
+        return model
+
+    def weights(self, *, ema: bool = False) -> tuple[nnx.State, nnx.State]:
+        """Parameters and norm statistics, or their averages.
+
+        Raises:
+          ValueError: there are no averages.
+        """
+        if not ema:
+            return self.params, self.statistics
+        if self.ema is None:
+            raise ValueError("there is no moving average: set ema_decay, such as 0.999, in FinetuneConfig")
+        return self.ema
+
+
+def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """One forward and backward pass over a batch; an update of the parameters at each `config.accumulate`-th.
+
+    Everything random is drawn from `config.seed` and `state.step`. On several devices (`shard_batch`, `replicate`)
+    norms and gradients are those of the whole batch.
+
+    Args:
+      state: the state. **It is used up**: its arrays are donated to the result, so do not touch it afterwards.
+      batch: see `Batch`.
+
+    Returns:
+      The next state, and `loss` (the one that is minimised, with smoothing and mixing), `correct`, `correct5`
+      (against the largest share), `count`, `gradient_norm` (before clipping, without frozen parameters) and
+      `learning_rate` (of the last update; NaN where `tx` is not from `make_optimizer`).
+
+    Raises:
+      ValueError: the batch does not fit the model.
+
+    Example:
+      >>> import numpy as np
+      >>> from dpn_jax import create_model
+      >>> from dpn_jax.finetune.optimizer import make_optimizer
+      >>> model = create_model("dpn68", num_classes=2, depths=(1,), dense_increments=(8,))
+      >>> config = FinetuneConfig(optimizer="sgd")
+      >>> state = TrainState.create(model, make_optimizer(config, model), config)
+      >>> batch = {"image": np.zeros((2, 32, 32, 3), np.uint8), "label": np.array([0, 1])}
+      >>> state, metrics = train_step(state, batch)
+      >>> int(state.step), float(metrics["count"])
+      (1, 2.0)
+    """
+    return _train_step(state, _checked(batch, state.setup.architecture), _mesh_sharding(state))
+
+
+def eval_step(state: TrainState, batch: Batch, *, ema: bool = False) -> Metrics:
+    """Loss (plain cross-entropy) and accuracy over a batch, with the running statistics.
+
+    Args:
+      state: the state; it stays as it is.
+      batch: see `Batch`.
+      ema: evaluate the averages.
+
+    Returns:
+      `loss`, `correct`, `correct5` and `count`.
+
+    Raises:
+      ValueError: the batch does not fit the model, or there are no averages.
+    """
+    batch = _checked(batch, state.setup.architecture)
+    return _eval_step(state.setup, *state.weights(ema=ema), batch, _mesh_sharding(state))
+
+
+@functools.partial(jax.jit, static_argnames="sharding", donate_argnames="state")
+def _train_step(state: TrainState, batch: Batch, sharding: NamedSharding | None) -> tuple[TrainState, Metrics]:
+    setup, config = state.setup, state.setup.config
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    mix_key, dropout_key = jax.random.split(key)
+    images, targets, weights = _prepare(batch, setup)
+    images, targets = mix(mix_key, images, targets, mixup=config.mixup, cutmix=config.cutmix)
+    smooth = (1 - config.label_smoothing) * targets + config.label_smoothing / targets.shape[1]
+    trained = trainable(config, state.params)
+
+    def mean_loss(params: nnx.State) -> tuple[jax.Array, tuple[nnx.State, Metrics]]:
+        # without this, the backward pass would go on through frozen layers
+        params = jax.tree.map(lambda t, p: p if t else jax.lax.stop_gradient(p), trained, params)
+        model = nnx.merge(setup.graphdef, params, state.statistics)
+        model.dropout.rngs = nnx.Rngs(dropout=dropout_key).dropout
+        metrics = _metrics(fast_apply(model, images), targets, smooth, weights)
+        return metrics["loss"] / metrics["count"], (nnx.as_pure(nnx.state(model, nnx.BatchStat)), metrics)
+
+    gradients, (statistics, metrics) = jax.grad(mean_loss, has_aux=True)(state.params)
+    updates, optimizer = setup.tx.update(gradients, state.optimizer, state.params)
+    moved = optax.apply_updates(state.params, updates)
+    # whatever the optimiser does, such as weight decay, what is frozen stays
+    params = jax.tree.map(lambda t, new, old: new if t else old, trained, moved, state.params)
+    step = state.step + 1
+    ema = state.ema and _average(state.ema, (params, statistics), config.ema_decay, step % config.accumulate == 0)
+    metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": _learning_rate(optimizer)}
+    return _constrain((TrainState(step, params, statistics, optimizer, ema, setup), metrics), sharding)
+
+
+@functools.partial(jax.jit, static_argnames=("setup", "sharding"))
+def _eval_step(
+    setup: Setup, params: nnx.State, statistics: nnx.State, batch: Batch, sharding: NamedSharding | None
+) -> Metrics:
+    images, targets, weights = _prepare(batch, setup)
+    model = nnx.merge(setup.graphdef, params, statistics)
+    model.eval()
+    return _constrain(_metrics(fast_apply(model, images), targets, targets, weights), sharding)
+
+
+def _training_mode(model: DPN, config: FinetuneConfig) -> tuple[nnx.GraphDef[DPN], nnx.State, nnx.State]:
+    """Splits a copy of a model that is in training mode, but for its frozen norms."""
+    frozen = frozen_norms(config, model)
+    model = nnx.clone(model)
+    model.config = model.config.replace(drop_rate=config.drop_rate)
+    model.dropout = nnx.Dropout(config.drop_rate)  # each step brings its own randomness
+    model.train()
+    for path, module in nnx.iter_modules(model):
+        if ".".join(map(str, path)) in frozen:
+            module.use_running_average = True
+    graphdef, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return graphdef, nnx.as_pure(params), nnx.as_pure(statistics)
+
+
+def _checked(batch: Batch, architecture: DPNConfig) -> Batch:
+    if not {"image", "label"} <= set(batch):
+        raise ValueError(f"a batch needs 'image' and 'label', got {sorted(batch)}")
+    images, labels = batch["image"], batch["label"]
+    architecture.check_images(images.shape, "float32" if images.dtype == np.uint8 else images.dtype)
+    if labels.shape not in ((len(images),), (len(images), architecture.num_classes)):
+        expected = f"[{len(images)}] or [{len(images)}, {architecture.num_classes}]"
+        raise ValueError(f"labels must be {expected}, got {list(labels.shape)}")
+    return {name: batch[name] for name in ("image", "label", "weight") if name in batch}
+
+
+def _prepare(batch: Batch, setup: Setup) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalised images `[B, H, W, C]`, each class's share `[B, K]` and weights `[B]`."""
+    images, labels = batch["image"], batch["label"]
+    if images.dtype == jnp.uint8:
+        mean, std = (np.asarray(value, np.float32) for value in (setup.preprocessing.mean, setup.preprocessing.std))
+        images = (images.astype(jnp.float32) / 255 - mean) / std
+    if labels.ndim == 1:
+        targets = jax.nn.one_hot(labels, setup.architecture.num_classes, dtype=setup.dtype)
+    else:
+        targets = labels.astype(setup.dtype)
+    weights = batch.get("weight", np.ones(len(images)))
+    return images, targets, jnp.asarray(weights, setup.dtype)
+
+
+def _metrics(logits: jax.Array, targets: jax.Array, smooth: jax.Array, weights: jax.Array) -> Metrics:
+    logits = logits.astype(targets.dtype)
+    losses = optax.softmax_cross_entropy(logits, smooth)
+    labels = jax.lax.argmax(targets, 1, jnp.int32)
+    hits = jax.lax.top_k(logits, min(5, logits.shape[1]))[1] == labels[:, None]
+    return {
+        "loss": (weights * losses).sum(),
+        "correct": weights.sum(where=hits[:, 0]),
+        "correct5": weights.sum(where=hits.any(axis=1)),
+        "count": weights.sum(),
+    }
+
+
+def _average(old: nnx.State, new: nnx.State, decay: float, updated: jax.Array) -> nnx.State:
+    """The moving average; counters are copied. What stands still is kept to the bit."""
+
+    def move(old: jax.Array, new: jax.Array) -> jax.Array:
+        moved = old + (1 - decay) * (new - old) if jnp.issubdtype(old.dtype, jnp.floating) else new
+        return jnp.where(updated, moved, old)
+
+    return jax.tree.map(move, old, new)
+
+
+def _learning_rate(optimizer: optax.OptState) -> jax.Array:
+    found = optax.tree.get(optimizer, "learning_rate", math.nan, filtering=lambda _, x: isinstance(x, jax.Array))
+    return jnp.asarray(found, jnp.float32)
+
+
+def _mesh_sharding(state: TrainState) -> NamedSharding | None:
+    """Where the state is on a mesh: what comes out of a step has to be there again."""
+    sharding = None if isinstance(state.step, jax.core.Tracer) else state.step.sharding
+    return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def _constrain(tree: Tree, sharding: NamedSharding | None) -> Tree:
+    return tree if sharding is None else jax.lax.with_sharding_constraint(tree, sharding)

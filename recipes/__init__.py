@@ -1,0 +1,1 @@
+"""Recorded experiments: what was trained, how, and what came of it."""

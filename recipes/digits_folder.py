@@ -1,0 +1,37 @@
+"""Writes scikit-learn's handwritten digits as a folder of class folders: `python -m recipes.digits_folder digits`.
+
+1,797 pictures of 8x8 pixels with 17 greys (UCI "Optical Recognition of Handwritten Digits", CC BY 4.0), four times
+enlarged: `train/<digit>/` and, every fifth of each digit, `val/<digit>/`.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import tyro
+from PIL import Image
+from sklearn.datasets import load_digits
+
+SIZE = 32
+
+
+def main(folder: tyro.conf.Positional[Path], /) -> None:
+    """Write the digits.
+
+    Args:
+      folder: the folder to make; it must not exist.
+    """
+    digits = load_digits()
+    seen = dict.fromkeys(range(10), 0)
+    for number, (pixels, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
+        split = "val" if seen[digit] % 5 == 4 else "train"
+        seen[digit] += 1
+        path = folder / split / str(digit) / f"{number:04}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(np.round(pixels * 255 / 16).astype(np.uint8))
+        image.resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(path)
+    print(f"{folder}: {number + 1} digits")
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))
