@@ -25,7 +25,7 @@ from tests.parity.photos import PHOTOS
 class Options:
     """What to compare."""
 
-    models: tuple[str, ...] = ("dpn48b", "dpn68", "dpn68b", "dpn92", "dpn98", "dpn131", "dpn107")
+    models: tuple[str, ...] = reference.VARIANTS
     """Variants."""
     photos: int = len(PHOTOS)
     """How many of the photos."""

@@ -300,6 +300,16 @@ PRETRAINED: dict[str, PretrainedTag] = {
     "dpn98.mx_in1k": PretrainedTag(variant="dpn98", preprocessing=_MX, top1=79.664, top5=94.644),
     "dpn131.mx_in1k": PretrainedTag(variant="dpn131", preprocessing=_MX, top1=79.836, top5=94.708),
     "dpn107.mx_in1k": PretrainedTag(variant="dpn107", preprocessing=_MX, top1=80.166, top5=94.932),
+    # trained by recipes/dpn_tiny_digits.md
+    "dpn_tiny.digits": PretrainedTag(
+        variant="dpn_tiny",
+        preprocessing=Preprocessing(image_size=32, crop_fraction=1.0),
+        top1=99.15,
+        top5=100.0,
+        num_classes=10,
+        packaged="dpn_tiny_digits.safetensors",
+        data="digits",
+    ),
 }
 
 

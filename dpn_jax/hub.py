@@ -36,7 +36,8 @@ def locate(source: str | Path, *, revision: str | None = None) -> Located:
     """Turns what a user names into a file on this machine, downloading it where needed.
 
     Args:
-      source: a pretrained tag ('dpn92.mx_in1k'; 'dpn_tiny.digits' comes with this package), a hub id ('timm/dpn92.mx_in1k', 'hf-hub:julien-c/timm-dpn92'), a file,
+      source: a pretrained tag ('dpn92.mx_in1k'; 'dpn_tiny.digits' comes with this package), a hub id
+        ('timm/dpn92.mx_in1k', 'hf-hub:julien-c/timm-dpn92'), a file,
         or a folder with `config.json` and the weights.
       revision: branch, tag or commit on the hub.
 

@@ -96,6 +96,13 @@ def test_the_weights_name_the_users_classes(finished: Finetuned, images: Path) -
     assert best.label in COLOURS
 
 
+def test_the_weights_are_the_moving_average(finished: Finetuned) -> None:
+    model, values = dpn_jax.load(finished.weights), checkpoint_values(finished.output, finished.best["step"])
+    for part, name in ((model.classifier.kernel, "0/classifier/kernel"), (model.norm.var, "1/norm/var")):
+        assert np.array_equal(part.get_value(), values[f"ema/{name}"])
+    assert not np.array_equal(model.classifier.kernel.get_value(), values["params/classifier/kernel"])
+
+
 def test_the_newest_checkpoint_and_the_best_one_are_there(finished: Finetuned) -> None:
     steps = {int(path.name) for path in (finished.output / "checkpoints").iterdir()}
     assert steps >= {finished.best["step"], 9}
@@ -163,25 +170,29 @@ def test_a_run_is_resumed_with_its_own_images_only(
 def test_the_best_checkpoint_is_kept_and_exported(
     images: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = iter([(0.2, 1.0), (0.9, 1.0), (0.9, 0.5), (0.9, 0.6), (0.5, 0.1)])
+    scores = iter([(0.2, 1.0), (0.9, 1.0), (0.9, 0.5), None, (0.9, 0.6), (0.5, 0.1)])
 
-    def scripted(*_: object, **__: object) -> dict[str, float]:
-        accuracy, loss = next(scores)
-        return {"loss": loss, "accuracy": accuracy, "accuracy5": 1.0}
+    def scripted(*_: object, **__: object) -> dict[str, float] | None:
+        score = next(scores)  # None: interrupted
+        return score and {"loss": score[1], "accuracy": score[0], "accuracy5": 1.0}
 
     monkeypatch.setattr(training_module, "validate", scripted)
     config = dataclasses.replace(CONFIG, epochs=5, batch_size=24, ema_decay=None, keep=1)
     notes: list[str] = []
-    run = finetune(images, tmp_path / "run", config, source=weights, note=notes.append)
+    run = finetune(images, tmp_path / "run", config, source=weights)
+    assert (run.weights, run.step) == (None, 4)
+    run = finetune(images, tmp_path / "run", config, source=weights, resume=True, note=notes.append)
     assert run.best["step"] == 3
     assert sorted(path.name for path in (run.output / "checkpoints").iterdir()) == ["3", "5"]
     assert any("the weights after step 3" in note for note in notes)
     kernel = dpn_jax.load(run.weights).classifier.kernel.get_value()
-    best, last = (
-        orbax.checkpoint.PyTreeCheckpointer().restore(run.output / "checkpoints" / step / "state") for step in "35"
-    )
+    best, last = (checkpoint_values(run.output, step) for step in (3, 5))
     assert np.array_equal(best["params/classifier/kernel"], kernel)
     assert not np.array_equal(last["params/classifier/kernel"], kernel)
+
+
+def checkpoint_values(output: Path, step: int) -> dict[str, np.ndarray]:
+    return orbax.checkpoint.PyTreeCheckpointer().restore(output / "checkpoints" / str(step) / "state")
 
 
 @pytest.mark.slow

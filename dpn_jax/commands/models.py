@@ -30,23 +30,23 @@ class Models:
             writer.writeheader()
             writer.writerows(rows)
         else:
-            print(f"{'weights':<16}{'parameters':>12}{'GMACs':>8}{'top-1':>9}{'top-5':>9}  preprocessing")
+            print(f"{'weights':<16}{'parameters':>12}{'GMACs':>8}{'top-1':>9}{'top-5':>9}  {'of':<12} preprocessing")
             for row in rows:
                 top1, top5 = (f"{row[key]:.3f}" if row[key] else "-" for key in ("top1", "top5"))
                 print(
                     f"{row['weights'] or row['variant'] + ' (none)':<16}{row['parameters'] / 1e6:>10.2f} M"
-                    f"{row['gmacs']:>8.2f}{top1:>9}{top5:>9}  {row['preprocessing']}"
+                    f"{row['gmacs']:>8.2f}{top1:>9}{top5:>9}  {row['data'] or '-':<12} {row['preprocessing']}"
                 )
         return DONE
 
     def _rows(self, variant: str) -> Iterator[dict[str, object]]:
-        config = VARIANTS[variant]
-        size = {
-            "parameters": sum(math.prod(entry.timm_shape) for entry in table(config) if entry.is_parameter),
-            "gmacs": round(config.multiply_adds() / 1e9, 3),
-        }
         tags = [(name, tag) for name, tag in PRETRAINED.items() if tag.variant == variant]
         for name, tag in tags or [(None, None)]:
+            config = tag.config if tag else VARIANTS[variant]
             settings = tag.preprocessing if tag else default_preprocessing(config)
-            accuracy = {"top1": tag.top1 if tag else None, "top5": tag.top5 if tag else None}
+            size = {
+                "parameters": sum(math.prod(entry.timm_shape) for entry in table(config) if entry.is_parameter),
+                "gmacs": round(config.multiply_adds(settings.image_size, settings.image_size) / 1e9, 3),
+            }
+            accuracy = {key: getattr(tag, key) if tag else None for key in ("top1", "top5", "data")}
             yield {"weights": name, "variant": variant, **size, **accuracy, "preprocessing": describe(settings)}

@@ -6,9 +6,12 @@ import numpy as np
 import safetensors.torch
 import torch
 
+import dpn_jax
 from convert.timm_import import import_timm
 
 timm = import_timm()
+
+VARIANTS = tuple(name for name in dpn_jax.list_models() if timm.is_model(name))
 
 
 def randomised(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, **options: object) -> torch.nn.Module:

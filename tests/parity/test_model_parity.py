@@ -16,7 +16,7 @@ from tests.parity import reference
 
 BOUNDS = {"float64": 1e-10, "float32": 1e-5}
 INPUTS = [(3, 193, 257), (3, 224, 224), (3, 288, 288), (1, 193, 257), (4, 224, 224)]
-CASES = [(name, *shape) for name in dpn_jax.list_models() for shape in INPUTS]
+CASES = [(name, *shape) for name in reference.VARIANTS for shape in INPUTS]
 
 
 @nnx.jit
