@@ -215,12 +215,17 @@ class Training:
         """Goes over the validation images; False where it was asked to stop meanwhile."""
         batches = (shard_batch(next(self._val), self._mesh) for _ in range(self._val.per_epoch))
         alone = jax.process_count() == 1  # of several hosts, none may leave the others behind
-        means = validate(
-            self.state,
-            batches,
-            ema=self.config.ema_decay is not None,
-            stop=lambda: alone and self._interruption.wanted is not None,
-        )
+        try:
+            means = validate(
+                self.state,
+                batches,
+                ema=self.config.ema_decay is not None,
+                stop=lambda: alone and self._interruption.wanted is not None,
+            )
+        except DataError:
+            if self._interruption.wanted:  # the worker died of it
+                return False
+            raise
         if means is None:
             return False
         row = self._row("val", means)
