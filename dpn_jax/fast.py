@@ -48,10 +48,8 @@ PLANS = {
     "cpu": Plan(grouped=((32, Lanes()),), matmul=True, barriers=True),
     "tpu": Plan(
         grouped=((32, Merged(width=16)),),
-        compiler_options=(
-            ("xla_tpu_scoped_vmem_limit_kib", "32768"),
-            ("xla_tpu_enable_multi_level_output_dot_dot_fusion", "true"),
-        ),
+        # both products of a `reduce`, one for each path, as one fusion
+        compiler_options=(("xla_tpu_enable_multi_level_output_dot_dot_fusion", "true"),),
     ),
     "gpu": Plan(grouped=((32, Merged(width=32)),)),
 }
