@@ -356,7 +356,9 @@ def pool_and_classify(
 
 def split_paths(x: jax.Array, residual_channels: int) -> DualPath:
     """Takes a concatenated map apart: the first channels are the residual path's."""
-    return DualPath(x[..., :residual_channels], x[..., residual_channels:])
+    # jnp.split, not two slices: its gradient is one concatenation, where two slices' is a sum of padded maps, for which
+    # XLA computes the residual path's gradient anew in each block
+    return DualPath(*jnp.split(x, [residual_channels], axis=-1))
 
 
 def join_paths(x: DualPath | jax.Array) -> jax.Array:
