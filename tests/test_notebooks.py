@@ -15,8 +15,8 @@ def cells(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
     return [(cell.cell_type, cell.source) for cell in notebook.cells]
 
 
-def test_there_is_a_quickstart() -> None:
-    assert [path.name for path in NOTEBOOKS][:1] == ["01_quickstart.ipynb"]
+def test_the_notebooks_are_found() -> None:
+    assert [path.stem for path in NOTEBOOKS] == ["01_quickstart", "02_finetune_with_optax"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

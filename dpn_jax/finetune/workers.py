@@ -2,13 +2,12 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
-
-import numpy as np
 
 _THREADS = 4
 
@@ -24,7 +23,7 @@ def prefetched(source: Sequence[Any], workers: int, *, start: int = 0) -> Iterat
     item is asked for; closing the iterator ends what was started.
 
     Args:
-      source: picklable, with `len` and items by index; arrays in an item must be values of a dictionary.
+      source: picklable, with `len` and items by index.
       workers: how many processes.
       start: index of the first item.
 
@@ -38,6 +37,8 @@ def prefetched(source: Sequence[Any], workers: int, *, start: int = 0) -> Iterat
         flags.FLAGS.mark_as_parsed()
     threads = 0 if workers else min(_THREADS, os.cpu_count() or 1)
     data = grain.MapDataset.source(source).slice(slice(start, None))
+    if workers:
+        data = data.map(pickle.dumps)  # arrays would travel in shared memory, which an interrupted run leaves behind
     data = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
     if workers:
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
@@ -45,8 +46,7 @@ def prefetched(source: Sequence[Any], workers: int, *, start: int = 0) -> Iterat
     iterator = iter(data)
     try:
         for item in iterator:
-            # Grain's arrays lie in shared memory that goes when they do, while JAX may go on using its argument's
-            yield {key: np.array(value) for key, value in item.items()} if isinstance(item, dict) else item
+            yield pickle.loads(item) if workers else item
     except RuntimeError as error:
         if "terminated unexpectedly" not in str(error):
             raise
@@ -77,7 +77,6 @@ def _death(message: str) -> str:
     code = message.partition("exit code ")[2].split(".")[0]
     reasons = {
         "-9": "killed, perhaps because memory was short: lower --workers or --batch-size",
-        "-7": "shared memory was short: lower --workers or --batch-size, or give more (docker run --shm-size=8g)",
         "1": "its message stands above; a script's code must stand under: if __name__ == '__main__'",
     }
     return f"a worker process that reads images died (exit code {code}): {reasons.get(code, 'try --workers 0')}"
