@@ -1,0 +1,25 @@
+"""What is tracked names nothing of the machine that it was made on."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_no_paths_of_a_machine_and_no_registry() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a checkout")
+    # the pieces are joined here so that this file does not name them
+    private = re.compile(
+        "|".join(("/tmp/" + "venv", "site-" + "packages", "/ro" + "ot/", "files.python" + "hosted", "py" + "pi\\.org"))
+    )
+    found = [
+        name
+        for name in listed.stdout.split("\0")
+        if name and (ROOT / name).is_file() and private.search((ROOT / name).read_bytes().decode("utf-8", "ignore"))
+    ]
+    assert not found
