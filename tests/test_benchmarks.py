@@ -50,6 +50,17 @@ def test_parity_prints_its_table() -> None:
     assert "| dpn48b |" in done.stdout
 
 
+def test_reading_is_held_against_memory(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    options = ("--model", "dpn_tiny", "--size", "32", "--batch-size", "4", "--steps", "1", "--rounds", "1")
+    done = run("benchmarks.input", *options, "--workers", "0", json_file=report)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(report.read_text())
+    rates = figures["images_per_second"]
+    assert figures["ratio"] == pytest.approx(rates["files"] / rates["memory"])
+    assert "ratio" in done.stdout
+
+
 def test_tpu_compiler() -> None:
     pytest.importorskip("libtpu")
     done = run("benchmarks.tpu_compile", "--models", "dpn48b", "--size", "32", "--batches", "8")

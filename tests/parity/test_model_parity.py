@@ -1,5 +1,6 @@
 """Every variant against timm, stage by stage, from the same file of weights."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,17 +43,31 @@ def timm_outputs(model: torch.nn.Module, images: torch.Tensor) -> dict[str, np.n
     return {name: reference.nhwc(value) for name, value in named.items()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "channels", "height", "width"), CASES)
-def test_every_stage_equals_timm(name: str, channels: int, height: int, width: int, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, Path]:
+    """A variant with so many input channels, float64, and its file; made once for all sizes."""
+    name, channels = request.param
     theirs = reference.randomised(name, in_chans=channels)
-    path = reference.write(theirs, tmp_path / "model.safetensors")
+    return theirs, reference.write(theirs, tmp_path_factory.mktemp(name) / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "name", "channels", "height", "width"),
+    [((name, channels), name, channels, height, width) for name, channels, height, width in CASES],
+    indirect=["variant"],
+)
+def test_every_stage_equals_timm(
+    variant: tuple[torch.nn.Module, Path], name: str, channels: int, height: int, width: int
+) -> None:
+    theirs, path = variant
     images = reference.images((1, height, width, channels))
     for dtype, bound in BOUNDS.items():
         ours = dpn_jax.load(path, dtype=dtype, param_dtype=dtype)
         assert ours.config == get_config(name).replace(in_channels=channels)
         got = outputs(ours, jnp.asarray(images, dtype))
-        expected = timm_outputs(theirs.to(getattr(torch, dtype)), reference.nchw(images, getattr(torch, dtype)))
+        torch_dtype = getattr(torch, dtype)
+        expected = timm_outputs(copy.deepcopy(theirs).to(torch_dtype), reference.nchw(images, torch_dtype))
         assert got.keys() == expected.keys()
         errors = {key: reference.relative_error(got[key], expected[key]) for key in expected}
         assert max(errors.values()) <= bound, errors

@@ -41,12 +41,11 @@ FULL, SHORT = {}, {"k_sec": (1, 2, 1, 1)}
     [
         ("dpn68b", SHORT, False, "train", "cpu"),
         pytest.param("dpn68b", SHORT, False, "train", "tpu", marks=pytest.mark.slow),
-        pytest.param("dpn68b", SHORT, False, "train", "gpu", marks=pytest.mark.slow),
+        pytest.param("dpn92", SHORT, False, "train", "gpu", marks=pytest.mark.slow),
         pytest.param("dpn68b", SHORT, True, "train", "cpu", marks=pytest.mark.slow),
         pytest.param("dpn92", SHORT, False, "frozen", "cpu", marks=pytest.mark.slow),
         pytest.param("dpn68b", SHORT, False, "frozen", None, marks=pytest.mark.slow),
         pytest.param("dpn68b", FULL, False, "train", None, marks=pytest.mark.slow),
-        pytest.param("dpn92", FULL, False, "train", None, marks=pytest.mark.slow),
         pytest.param("dpn92", FULL, False, "train", "cpu", marks=pytest.mark.slow),
     ],
 )
