@@ -198,20 +198,27 @@ class _Kept:
 def _quiet() -> Iterator[None]:
     """Keeps Orbax from telling stderr of an error that is raised as well.
 
-    It logs the traceback; and where one array cannot be read, the readers of the others find their event loop closed,
-    now or a moment later, which Python reports as an exception that nobody can catch.
+    It logs the traceback; and where one array cannot be read or written, the tasks of the others find their event loop
+    closed, or fail too, which Python reports as exceptions that nobody can catch: now or, once the error and with it
+    the tasks are forgotten, at any time later.
     """
-    log, hook = logging.getLogger("absl"), sys.unraisablehook
+    log, hook, tasks = logging.getLogger("absl"), sys.unraisablehook, logging.getLogger("asyncio")
     before, log.disabled = log.disabled, True
     sys.unraisablehook = lambda args: None if str(args.exc_value) == "Event loop is closed" else hook(args)
+    tasks.addFilter(_is_no_lost_task)
     try:
         yield
+        tasks.removeFilter(_is_no_lost_task)
     except Exception:
         time.sleep(_MOMENT)
         raise
     finally:
         sys.unraisablehook = hook
         log.disabled = before
+
+
+def _is_no_lost_task(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Task exception was never retrieved")
 
 
 def _named(state: State) -> Iterator[tuple[str, Any]]:
