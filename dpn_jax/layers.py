@@ -168,12 +168,13 @@ class NormAct(nnx.Module):
         mean, var = jnp.concatenate(means), jnp.concatenate(variances)
         self._move_running(self.mean, mean)
         self._move_running(self.var, var * (count / (count - 1)))
-        self.steps[...] += 1
+        self.steps.set_value(self.steps[...] + 1)
         return mean, var
 
     def _move_running(self, running: nnx.BatchStat, value: jax.Array) -> None:
         value = lax.stop_gradient(value).astype(running.dtype)
-        running[...] = self.momentum * running[...] + (1 - self.momentum) * value
+        # not `running[...] = `: that asks a tracer for its sharding, which takes Flax half a minute a network
+        running.set_value(self.momentum * running[...] + (1 - self.momentum) * value)
 
 
 class NormActConv(nnx.Module):
