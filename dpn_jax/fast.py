@@ -28,7 +28,7 @@ class Plan:
 
     Args:
       grouped: the grouped convolution's formulation by the most channels a group that it is for, ascending.
-      matmul: 1x1 convolutions as matrix products.
+      matmul: 1x1 convolutions, and the stem's in training, as matrix products.
       barriers: keep what feeds a convolution from being computed again for each of its taps.
       compiler_options: for `jax.jit`, on that backend only.
     """
@@ -45,7 +45,7 @@ class Plan:
 
 # measured by benchmarks/cpu.py and benchmarks/tpu_compile.py; the GPU's is not measured yet
 PLANS = {
-    "cpu": Plan(grouped=((32, Lanes()),), matmul=True, barriers=True),
+    "cpu": Plan(grouped=((12, Lanes()), (32, Merged(width=16, sliced=True))), matmul=True, barriers=True),
     "tpu": Plan(
         grouped=((32, Merged(width=16)),),
         # both products of a `reduce`, one for each path, as one fusion
@@ -229,6 +229,7 @@ def _plan(backend: str | None) -> Plan:
 
 def _rearrange(model: DPN, plan: Plan, *, back: bool) -> None:
     """Writes a model's convolutions as a plan has them; between `reduce` and `expand` channels get another order."""
+    model.stem.conv.matmul = plan.matmul
     for stage, blocks in zip(model.config.stages, model.stages, strict=True):
         formulation = plan.formulation(stage.bottleneck // stage.groups)
         move = formulation.restore if back else formulation.interleave

@@ -53,7 +53,7 @@ class Merged(Native):
     def arrange(self, kernel: Array, groups: int) -> Array:
         """See `Native.arrange`; `[3, 3, I * merged, O]`."""
         per_group, outputs = kernel.shape[2], kernel.shape[3] // groups
-        merged = next((n for n in range(1, groups) if groups % n == 0 and n * per_group >= self.width), groups)
+        merged = _merge(groups, per_group, self.width)
         if merged == 1:
             return kernel
         numpy = jnp if isinstance(kernel, jax.Array) else np
@@ -84,12 +84,12 @@ class Lanes(Native):
       unroll: most channels a group for which the sum is written out, in one loop for each output channel of a group.
         Above it, about 100 products in a loop, compiling takes a minute and the result is slower.
       chunk: above it, input channels of a group that one loop adds to all the outputs.
-      width: most channels that one matrix product for the kernel's gradient takes from each side.
+      width: fewest channels that one convolution for the kernel's gradient takes.
     """
 
     unroll: int = 6
     chunk: int = 2
-    width: int = 96
+    width: int = 8
 
     def arrange(self, kernel: Array, groups: int) -> Array:
         """See `Native.arrange`; `[9, I, O, groups]`."""
@@ -145,10 +145,11 @@ class Lanes(Native):
     ) -> tuple[jax.Array, jax.Array]:
         """The gradients of `x` and of the kernel.
 
-        That of `x` is the same convolution again, with the kernel turned around; that of the kernel is, for each tap, a
-        matrix product of many groups at once, of which only the groups' own entries are kept.
+        That of `x` is the same convolution again, with the kernel turned around. That of the kernel is a convolution of
+        the channels as images with the gradient as a kernel, for a few groups at a time, of which only the groups' own
+        entries are kept: one matrix product that reads the taps where they are.
         """
-        _, inputs, outputs, groups = kernel.shape
+        groups = kernel.shape[-1]
         height, width = x.shape[1:3]
         # at stride 2 zeros go between the gradient's pixels
         spread = (
@@ -157,19 +158,36 @@ class Lanes(Native):
         )
         wide = lax.pad(gradient, jnp.zeros((), gradient.dtype), (*spread, (0, 0, 0))) if stride > 1 else gradient
         of_x = self.forward(wide, kernel[::-1].swapaxes(1, 2), 1)
+        return of_x, self._of_kernel(x, gradient, groups, stride)
 
-        merged = next(n for n in range(groups, 0, -1) if groups % n == 0 and (n * inputs <= self.width or n == 1))
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        x = x.reshape(*x.shape[:3], inputs, groups // merged, merged)
-        gradient = gradient.reshape(-1, outputs, groups // merged, merged)
+    def _of_kernel(self, x: jax.Array, gradient: jax.Array, groups: int, stride: int) -> jax.Array:
+        batch, height, width, channels = x.shape
+        rows, columns = gradient.shape[1:3]
+        inputs, merged = channels // groups, _merge(groups, channels // groups, self.width)
+        x = x.reshape(batch, -1, channels).transpose(2, 1, 0)
+        gradient = gradient.reshape(batch, rows * columns, -1).swapaxes(0, 1)
+        x = x.reshape(inputs, -1, merged, height, width, batch)
+        gradient = gradient.reshape(rows, columns, batch, -1, groups // merged, merged)
+        # at stride 2 the last row or column may not be read
+        padding = [(1, stride * (read - 1) + 2 - size) for read, size in ((rows, height), (columns, width))]
         parts = []
         for part in range(groups // merged):
-            read = lax.optimization_barrier(x[..., part, :])
-            written = lax.optimization_barrier(gradient[:, :, part].reshape(-1, outputs * merged))
-            products = [read[tap].reshape(-1, inputs * merged).T @ written for tap in _taps(height, width, stride)]
-            blocks = jnp.stack(products).reshape(9, inputs, merged, outputs, merged)
+            products = lax.conv_general_dilated(
+                x[:, part].reshape(-1, height, width, batch),
+                gradient[..., part, :].reshape(rows, columns, batch, -1),
+                window_strides=(1, 1),
+                padding=padding,
+                rhs_dilation=(stride, stride),
+                dimension_numbers=("NHWC", "HWIO", "HWNC"),
+            )
+            blocks = products.reshape(9, inputs, merged, -1, merged)
             parts.append(jnp.diagonal(blocks, axis1=2, axis2=4))
-        return of_x, jnp.concatenate(parts, axis=-1)
+        return jnp.concatenate(parts, axis=-1)
+
+
+def _merge(groups: int, channels: int, width: int) -> int:
+    """The fewest groups of `channels` each that have `width` channels together; all, where there are not enough."""
+    return next((n for n in range(1, groups) if groups % n == 0 and n * channels >= width), groups)
 
 
 def _swap(array: Array, first: int, second: int, axis: int) -> Array:
@@ -179,10 +197,12 @@ def _swap(array: Array, first: int, second: int, axis: int) -> Array:
     return split.swapaxes(axis, axis + 1).reshape(array.shape)
 
 
-def _taps(height: int, width: int, stride: int) -> list[tuple[slice, ...]]:
-    """What each of the nine taps reads of an image with one pixel of padding."""
+def _taps(height: int, width: int, stride: int, *, size: int = 3) -> list[tuple[slice, ...]]:
+    """What each tap of a `size` x `size` kernel reads of an image padded by `size // 2`."""
     return [
-        (slice(None), slice(y, y + height, stride), slice(x, x + width, stride)) for y in range(3) for x in range(3)
+        (slice(None), slice(y, y + height, stride), slice(x, x + width, stride))
+        for y in range(size)
+        for x in range(size)
     ]
 
 
@@ -250,13 +270,15 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, groups: int = 
     """A 2-D convolution of `[B, H, W, C]` with `[h, w, C / groups, O]` that pads `h // 2` on every side.
 
     Not `"SAME"`: at stride 2 and an even size that pads one pixel less, and only on the far side, so that every output
-    sits half a stride away from where the weights were trained. With `matmul` a 1x1 convolution is written as a matrix
-    product, which XLA runs faster on a CPU.
+    sits half a stride away from where the weights were trained. With `matmul` it is written as a product of patches
+    with a matrix, which XLA runs faster on a CPU where the kernel is 1x1 or, for the stem, differentiated.
     """
-    if matmul and kernel.shape[:2] == (1, 1):
-        x = x[:, ::stride, ::stride]
-        return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
     pad = kernel.shape[0] // 2
+    if matmul:
+        height, width = x.shape[1:3]
+        x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        x = jnp.concatenate([x[tap] for tap in _taps(height, width, stride, size=kernel.shape[0])], axis=-1)
+        return (x.reshape(-1, x.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])).reshape(*x.shape[:-1], -1)
     return lax.conv_general_dilated(
         x,
         kernel,
