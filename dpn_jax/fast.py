@@ -30,7 +30,7 @@ class Plan:
       grouped: the grouped convolution's formulation by the most channels a group that it is for, ascending.
       matmul: 1x1 convolutions, and the stem's in training, as matrix products.
       barriers: keep what feeds a convolution from being computed again for each of its taps.
-      compiler_options: for `jax.jit`, on that backend only.
+      compiler_options: for `jax.jit`, on that backend only, and only where its compiler knows them.
     """
 
     grouped: tuple[tuple[int, Formulation], ...]
@@ -45,7 +45,13 @@ class Plan:
 
 # measured by benchmarks/cpu.py and benchmarks/tpu_compile.py; the GPU's is not measured yet
 PLANS = {
-    "cpu": Plan(grouped=((12, Lanes()), (32, Merged(width=16, sliced=True))), matmul=True, barriers=True),
+    "cpu": Plan(
+        grouped=((12, Lanes()), (32, Merged(width=16, sliced=True))),
+        matmul=True,
+        barriers=True,
+        # matrix products by Eigen instead of YNNPACK
+        compiler_options=(("xla_cpu_experimental_ynn_fusion_type", ""),),
+    ),
     "tpu": Plan(
         grouped=((32, Merged(width=16)),),
         # both products of a `reduce`, one for each path, as one fusion
@@ -117,7 +123,7 @@ def fast_forward(model: DPN, *, backend: str | None = None, donate: bool = False
       (1, 3)
     """
     plan = _plan(backend)
-    options = dict(plan.compiler_options) if plan is PLANS.get(jax.default_backend()) else {}
+    options = _known(plan.compiler_options) if plan is PLANS.get(jax.default_backend()) else {}
     return FastForward(model, plan, compiler_options=options, donate=donate)
 
 
@@ -225,6 +231,16 @@ def _plan(backend: str | None) -> Plan:
     if backend not in PLANS:
         raise ValueError(f"backend must be one of {', '.join(PLANS)}, got {backend!r}")
     return PLANS[backend]
+
+
+@functools.cache
+def _known(options: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """The options, if the default backend's compiler takes them; they come and go with its versions."""
+    try:
+        jax.jit(lambda: jnp.zeros(()), compiler_options=dict(options)).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return dict(options)
 
 
 def _rearrange(model: DPN, plan: Plan, *, back: bool) -> None:

@@ -14,9 +14,18 @@ from tests.checkpoints import save_timm, timm_dpn
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """What JAX compiles is kept in this folder, for tests that make the same model, or run the same step, anew."""
+    folder = str(tmp_path_factory.mktemp("xla"))
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield folder
+
+
 @pytest.fixture(autouse=True)
 def forget_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Nothing compiled by a slow test is kept: hundreds of networks run into the limit of memory maps, which aborts."""
+    """No program of a slow test stays in memory: hundreds of networks run into the limit of memory maps, which aborts."""
     yield
     if request.node.get_closest_marker("slow"):
         jax.clear_caches()

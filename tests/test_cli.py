@@ -298,17 +298,17 @@ def test_export_writes_one_file(run: Run, weights: Path, tmp_path: Path) -> None
     assert code == 2 and not out and "abacus" in err
 
 
-def test_the_cache_folder_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def chosen() -> str | None:
-        try:
-            with warnings.catch_warnings():
-                keep_compiled()
-            return jax.config.jax_compilation_cache_dir
-        finally:
-            jax.config.update("jax_compilation_cache_dir", before)
+def test_the_cache_folder_is_the_users(
+    compiled_once: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    def chosen(before: str | None = None) -> str | None:
+        jax.config.update("jax_compilation_cache_dir", before)
+        with warnings.catch_warnings():
+            keep_compiled()
+        return jax.config.jax_compilation_cache_dir
 
-    before = None
-    assert jax.config.jax_compilation_cache_dir is before, "importing the library, or main([...]), has set it"
+    assert jax.config.jax_compilation_cache_dir == compiled_once, "main([...]) has set it"
+    request.addfinalizer(lambda: jax.config.update("jax_compilation_cache_dir", compiled_once))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert chosen() == str(tmp_path / "cache" / "dpn-jax" / "xla")
     assert (tmp_path / "cache" / "dpn-jax" / "xla").is_dir()
@@ -319,12 +319,7 @@ def test_the_cache_folder_is_the_users(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert chosen() is None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    before = "elsewhere"
-    jax.config.update("jax_compilation_cache_dir", before)
-    try:
-        assert chosen() == "elsewhere"
-    finally:
-        jax.config.update("jax_compilation_cache_dir", None)
+    assert chosen(before="elsewhere") == "elsewhere"
 
 
 @pytest.mark.slow

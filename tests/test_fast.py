@@ -10,7 +10,7 @@ from flax import nnx
 
 import dpn_jax
 from dpn_jax.config import DPNConfig
-from dpn_jax.fast import PLANS
+from dpn_jax.fast import PLANS, _known
 from tests.test_model import TINY as LARGER
 
 TINY = LARGER.replace(depths=(2, 1), dense_increments=(4, 4))
@@ -154,6 +154,12 @@ def test_fast_apply_is_the_model_in_training(backend: str, changes: dict[str, ob
                 np.testing.assert_allclose(mine, other, rtol=1e-11)
             else:
                 np.testing.assert_array_equal(jax.random.key_data(mine), jax.random.key_data(other))
+
+
+def test_options_that_the_compiler_does_not_know_are_left_out() -> None:
+    known = PLANS["cpu"].compiler_options
+    assert _known(known) == dict(known), "jax 0.10.2 knows them"
+    assert _known((*known, ("xla_no_such_option", "1"))) == {}
 
 
 def test_wrong_arguments() -> None:

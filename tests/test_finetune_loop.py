@@ -12,7 +12,6 @@ import numpy as np
 import orbax.checkpoint
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 import dpn_jax
@@ -34,25 +33,6 @@ def a_line_an_epoch() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_module, "_LOGS_PER_EPOCH", 1)
         yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Each run brings a new optimiser, which JAX would compile anew: its cache on the disk knows the program."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    use_cache(options)
-    yield
-    use_cache(before)
-
-
-def use_cache(options: dict[str, object]) -> None:
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
