@@ -60,7 +60,7 @@ def export_model(
 
     Example:
       >>> import dpn_jax, tempfile
-      >>> model = dpn_jax.create_model("dpn68", depths=(1, 1, 1, 1), num_classes=3)
+      >>> model = dpn_jax.create_model("dpn_tiny", num_classes=3)
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     written = export_model(model, Path(folder) / "tiny.jaxexport", platforms=["cpu"], image_size=64)
       >>> written.in_avals

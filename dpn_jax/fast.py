@@ -118,7 +118,7 @@ def fast_forward(model: DPN, *, backend: str | None = None, donate: bool = False
 
     Example:
       >>> import dpn_jax, jax.numpy as jnp
-      >>> model = dpn_jax.create_model("dpn68", depths=(1, 1, 1, 1), num_classes=3)
+      >>> model = dpn_jax.create_model("dpn_tiny", num_classes=3)
       >>> dpn_jax.fast_forward(model)(jnp.zeros((1, 64, 64, 3))).shape
       (1, 3)
     """
@@ -148,7 +148,7 @@ def fast_apply(model: DPN, images: jax.Array, *, backend: str | None = None) -> 
     Example:
       >>> import dpn_jax, jax.numpy as jnp
       >>> from flax import nnx
-      >>> model = dpn_jax.create_model("dpn68", depths=(1, 1, 1, 1), num_classes=3)
+      >>> model = dpn_jax.create_model("dpn_tiny", num_classes=3)
       >>> loss = lambda model: fast_apply(model, jnp.ones((2, 32, 32, 3))).var()
       >>> gradients = nnx.jit(nnx.grad(loss))(model)
       >>> int(model.norm.steps[...])

@@ -57,7 +57,7 @@ class Classifier:
 
     Example:
       >>> import dpn_jax
-      >>> model = dpn_jax.create_model("dpn68", depths=(1, 1, 1, 1), num_classes=3)
+      >>> model = dpn_jax.create_model("dpn_tiny", num_classes=3)
       >>> classifier = Classifier(model, labels=("cat", "dog", "bird"))
       >>> best, second = classifier(np.zeros((300, 300, 3), np.uint8), top_k=2)
       >>> best.probability >= second.probability

@@ -25,7 +25,7 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def forget_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No program of a slow test stays in memory: hundreds of networks run into the limit of memory maps, which aborts."""
+    """No program of a slow test stays in memory: hundreds of networks run into the limit of memory maps and abort."""
     yield
     if request.node.get_closest_marker("slow"):
         jax.clear_caches()

@@ -33,6 +33,7 @@ for name in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_a_process_without_dpn_jax_gets_the_same_logits(tmp_path: Path) -> None:
     model = randomised(TINY)
     images = np.random.default_rng(0).standard_normal((3, 32, 32, 3), np.float32)
@@ -64,6 +65,7 @@ def test_every_platform_with_any_batch(platform: str, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_fixed_batch_and_the_weights_own_size(tmp_path: Path) -> None:
     model = dpn_jax.create_model(TINY)
     model.provenance = model.provenance._replace(preprocessing=dpn_jax.Preprocessing(image_size=40))

@@ -141,6 +141,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_there_is(runs: Runs, reference
     assert_resumes(runs, output, reference)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_nan_stops_the_run(runs: Runs, tmp_path: Path, complain: Main) -> None:
     output = tmp_path / "run"
     code, err = complain(runs.words(output, "--optimizer", "sgd", "--learning-rate", "1e30", "--epochs", "1"))
@@ -187,6 +188,7 @@ def test_an_unreadable_image_is_named(runs: Runs, tmp_path: Path, complain: Main
     assert_one_line(err, str(images / "red"), "--skip-broken")
 
 
+@pytest.mark.slow
 def test_another_choice_than_the_saved_one_is_named(runs: Runs, reference: Path, complain: Main) -> None:
     code, err = complain(runs.words(reference, "--resume", "--seed", "1", "--optimizer", "lion"))
     assert code == 2

@@ -22,7 +22,8 @@ def timm_logits(model: torch.nn.Module, tag: str) -> torch.Tensor:
         return model(torch.stack([transform(Image.open(photo).convert("RGB")) for photo in PHOTOS]))
 
 
-@pytest.mark.parametrize("tag", ["dpn68b.ra_in1k", pytest.param("dpn92.mx_in1k", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tag", ["dpn68b.ra_in1k", "dpn92.mx_in1k"])
 def test_top5_of_real_photos_equals_timms(tag: str, tmp_path: Path) -> None:
     assert len(PHOTOS) >= 8
     theirs = reference.randomised(tag.split(".")[0], dtype=torch.float32)

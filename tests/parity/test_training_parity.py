@@ -39,7 +39,7 @@ FULL, SHORT = {}, {"k_sec": (1, 2, 1, 1)}
 @pytest.mark.parametrize(
     ("name", "options", "remat", "norms", "backend"),
     [
-        ("dpn68b", SHORT, False, "train", "cpu"),
+        pytest.param("dpn68b", SHORT, False, "train", "cpu", marks=pytest.mark.slow),
         pytest.param("dpn68b", SHORT, False, "train", "tpu", marks=pytest.mark.slow),
         pytest.param("dpn92", SHORT, False, "train", "gpu", marks=pytest.mark.slow),
         pytest.param("dpn68b", SHORT, True, "train", "cpu", marks=pytest.mark.slow),
