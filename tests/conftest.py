@@ -7,6 +7,7 @@ from types import ModuleType
 import jax
 import pytest
 import torch
+from jax.experimental.compilation_cache import compilation_cache
 
 from convert.timm_import import import_timm
 from tests.checkpoints import save_timm, timm_dpn
@@ -20,6 +21,7 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = str(tmp_path_factory.mktemp("xla"))
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()  # what was compiled on import has settled that there is none
     yield folder
 
 

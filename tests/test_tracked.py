@@ -13,9 +13,9 @@ def test_no_paths_of_a_machine_and_no_registry() -> None:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("not a checkout")
-    # the pieces are joined here so that this file does not name them
+    # written backwards, so that this file does not name them
     private = re.compile(
-        "|".join(("/tmp/" + "venv", "site-" + "packages", "/ro" + "ot/", "files.python" + "hosted", "py" + "pi\\.org"))
+        "|".join(word[::-1] for word in ("vnev/pmt/", "segakcap-etis", "/toor/", "detsohnohtyp.selif", "gro.\\ipyp"))
     )
     found = [
         name
