@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpn_jax.config import DPNConfig, Preprocessing, StageConfig, get_config
-from dpn_jax.layers import Conv, NormAct, NormActConv, global_pool, max_pool, window_average
+from dpn_jax.layers import Conv, NormAct, NormActConv, global_pool, initialise, max_pool, window_average
 
 
 class DualPath(NamedTuple):
@@ -164,23 +164,24 @@ class DPN(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs | None,
     ) -> None:
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-        self.stem = Stem(config, rngs=rngs, **dtypes)
+        # abstract first: `initialise` gives all parts their values at once
+        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": None}
+        self.stem = Stem(config, **options)
         self.stages = nnx.List(
             nnx.List(
-                DualPathBlock(stage, index, split_expand=config.split_expand, rngs=rngs, **dtypes)
-                for index in range(stage.depth)
+                DualPathBlock(stage, index, split_expand=config.split_expand, **options) for index in range(stage.depth)
             )
             for stage in config.stages
         )
-        self.norm = NormAct(config.num_features, activation=config.outer_activation, rngs=rngs, **dtypes)
+        self.norm = NormAct(config.num_features, activation=config.outer_activation, **options)
         self.dropout = nnx.Dropout(config.drop_rate, rngs=rngs if config.drop_rate else None)
-        self.classifier = nnx.data(_classifier(config, rngs=rngs, **dtypes))
+        self.classifier = nnx.data(_classifier(config, **options))
         self.config = config
         self.provenance = Provenance()
         self.dtype = jnp.dtype(dtype)
         self.param_dtype = jnp.dtype(param_dtype)
         self.remat = remat
+        initialise(self, rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Classifies images.
