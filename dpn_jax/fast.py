@@ -148,7 +148,7 @@ def fast_apply(model: DPN, images: jax.Array, *, backend: str | None = None) -> 
     Example:
       >>> import dpn_jax, jax.numpy as jnp
       >>> from flax import nnx
-      >>> model = dpn_jax.create_model("dpn_tiny", num_classes=3)
+      >>> model = dpn_jax.create_model("dpn_tiny", num_classes=3, depths=(1,), dense_increments=(8,))
       >>> loss = lambda model: fast_apply(model, jnp.ones((2, 32, 32, 3))).var()
       >>> gradients = nnx.jit(nnx.grad(loss))(model)
       >>> int(model.norm.steps[...])

@@ -149,7 +149,8 @@ class DPN(nnx.Module):
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> config = DPNConfig(depths=(1, 1), dense_increments=(4, 4), bottleneck_width=8, groups=4, residual_width=8)
-      >>> DPN(config.replace(num_classes=5), rngs=nnx.Rngs(0))(jnp.zeros((2, 32, 32, 3))).shape
+      >>> model = DPN(config.replace(num_classes=5), rngs=nnx.Rngs(0))
+      >>> nnx.jit(lambda model, images: model(images))(model, jnp.zeros((2, 32, 32, 3))).shape
       (2, 5)
 
     Source: paper Table 1; `timm.models.dpn.DPN`.

@@ -1,5 +1,6 @@
 """Fixtures that several test modules share."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,13 @@ from convert.timm_import import import_timm
 from tests.checkpoints import save_timm, timm_dpn
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What a test runs is compiled in half the time, for slower code; in full where it is marked `optimised`."""
+    hurry = item.get_closest_marker("optimised") is None
+    jax.config.update("jax_disable_most_optimizations", hurry)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(hurry))  # for the processes that a test starts
 
 
 @pytest.fixture(scope="session", autouse=True)

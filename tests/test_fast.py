@@ -131,7 +131,8 @@ def test_a_donated_model_is_used_up() -> None:
 @pytest.mark.parametrize(
     ("backend", "changes"),
     [
-        ("cpu", {"drop_rate": 0.5, "split_expand": True}),
+        ("cpu", {"depths": (2,), "dense_increments": (4,)}),
+        pytest.param("cpu", {"drop_rate": 0.5, "split_expand": True}, marks=pytest.mark.slow),
         pytest.param("tpu", {"drop_rate": 0.5}, marks=pytest.mark.slow),
         pytest.param("gpu", {"split_expand": True}, marks=pytest.mark.slow),
     ],

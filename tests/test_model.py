@@ -66,12 +66,16 @@ def test_seeds_decide_the_initial_values() -> None:
     assert not np.array_equal(kernel, other.stages[1][0].grouped.conv.kernel[...])
 
 
+forward = nnx.jit(lambda model, images: model(images))
+features_of = nnx.jit(lambda model, images: model.forward_features(images))
+
+
 def test_a_call_is_features_then_head(model: dpn_jax.DPN, images: jax.Array) -> None:
-    np.testing.assert_array_equal(model(images), model.forward_head(model.forward_features(images)))
+    np.testing.assert_array_equal(forward(model, images), model.forward_head(features_of(model, images)))
 
 
 def test_jax_transformations(model: dpn_jax.DPN, images: jax.Array) -> None:
-    expected = nnx.jit(lambda m, x: m(x))(model, images)
+    expected = forward(model, images)
     structure, state = nnx.split(model)
 
     def apply(state: nnx.State, images: jax.Array) -> jax.Array:
@@ -97,11 +101,10 @@ def test_remat_gives_the_same_outputs_gradients_and_statistics(images: jax.Array
 
 def test_train_and_eval_switch_norms_and_dropout(images: jax.Array) -> None:
     model = dpn_jax.create_model(TINY, drop_rate=0.5, rngs=nnx.Rngs(0))
-    apply = nnx.jit(lambda m, x: m(x))
-    assert not np.array_equal(apply(model, images), apply(model, images))
+    assert not np.array_equal(forward(model, images), forward(model, images))
     assert int(model.norm.steps[...]) == 2
     model.eval()
-    np.testing.assert_array_equal(apply(model, images), apply(model, images))
+    np.testing.assert_array_equal(forward(model, images), forward(model, images))
     assert int(model.norm.steps[...]) == 2
 
 
@@ -120,14 +123,15 @@ def test_blocks_carry_two_tensors(model: dpn_jax.DPN) -> None:
 
 @pytest.mark.parametrize("pool", ["avg", "catavgmax", ""])
 def test_reset_classifier(model: dpn_jax.DPN, images: jax.Array, pool: str) -> None:
-    features = model.forward_features(images)
+    features = features_of(model, images)
     model.reset_classifier(3, pool, rngs=nnx.Rngs(1))
     assert model.config.num_classes == 3
-    assert model(images).shape == ((2, 2, 3, 3) if pool == "" else (2, 3))
-    np.testing.assert_array_equal(model.forward_features(images), features)
+    shape = (2, 2, 3, 3) if pool == "" else (2, 3)
+    assert model.forward_head(features).shape == nnx.eval_shape(forward, model, images).shape == shape
+    np.testing.assert_array_equal(features_of(model, images), features)
     model.reset_classifier(0)
     assert model.classifier is None
-    assert model(images).shape[-1] == model.config.head_features
+    assert model.forward_head(features).shape[-1] == model.config.head_features
 
 
 def test_reset_classifier_needs_rngs(model: dpn_jax.DPN) -> None:
@@ -155,7 +159,7 @@ def test_wrong_images_are_refused(model: dpn_jax.DPN, shape: tuple[int, ...], dt
 def test_test_time_pool_needs_large_images() -> None:
     model = dpn_jax.create_model(TINY, test_time_pool=7, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="test_time_pool is 7 but the features are only 2x2"):
-        model(jnp.zeros((2, 32, 32, 3)))
+        forward(model, jnp.zeros((2, 32, 32, 3)))
 
 
 def test_unknown_keywords_are_refused() -> None:
