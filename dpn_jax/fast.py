@@ -18,7 +18,7 @@ from jax import lax
 
 from dpn_jax.config import StageConfig
 from dpn_jax.grouped import Formulation, Lanes, Merged, Native, convolve
-from dpn_jax.layers import ACTIVATIONS, NormAct, NormActConv, max_pool
+from dpn_jax.layers import ACTIVATIONS, Conv, NormAct, NormActConv, max_pool
 from dpn_jax.model import DPN, DualPath, DualPathBlock, join_paths, pool_and_classify
 
 
@@ -245,14 +245,14 @@ def _known(options: tuple[tuple[str, str], ...]) -> dict[str, str]:
 
 def _rearrange(model: DPN, plan: Plan, *, back: bool) -> None:
     """Writes a model's convolutions as a plan has them; between `reduce` and `expand` channels get another order."""
-    model.stem.conv.matmul = plan.matmul
+    for _, part in nnx.iter_modules(model):
+        if isinstance(part, Conv | NormAct):
+            part.matmul = plan.matmul
     for stage, blocks in zip(model.config.stages, model.stages, strict=True):
         formulation = plan.formulation(stage.bottleneck // stage.groups)
         move = formulation.restore if back else formulation.interleave
         for block in blocks:
-            units = [block.reduce] if block.shortcut is None else [block.reduce, block.shortcut]
-            for conv in (*(unit.conv for unit in units), *block.expand.convolutions()):
-                conv.matmul = plan.matmul
+            block.forked = plan.barriers
             block.grouped.conv.formulation = formulation
             last = [block.reduce.conv.kernel]
             for norm in (block.grouped.norm, block.expand.norm):

@@ -7,13 +7,17 @@ what it measured is in docs/performance.md.
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 Array = jax.Array | np.ndarray
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,17 +168,18 @@ class Lanes(Native):
         batch, height, width, channels = x.shape
         rows, columns = gradient.shape[1:3]
         inputs, merged = channels // groups, _merge(groups, channels // groups, self.width)
-        x = x.reshape(batch, -1, channels).transpose(2, 1, 0)
-        gradient = gradient.reshape(batch, rows * columns, -1).swapaxes(0, 1)
-        x = x.reshape(inputs, -1, merged, height, width, batch)
-        gradient = gradient.reshape(rows, columns, batch, -1, groups // merged, merged)
+        x = x.reshape(batch, height, width, inputs, -1, merged)
+        gradient = gradient.reshape(batch, rows, columns, -1, groups // merged, merged)
+        # part by part, once: fused, each convolution below would begin with the norm and the activation before this one
+        x = fenced(lambda x: x.transpose(4, 3, 5, 1, 2, 0))(x)
+        gradient = fenced(lambda gradient: gradient.transpose(4, 1, 2, 0, 3, 5))(gradient)
         # at stride 2 the last row or column may not be read
         padding = [(1, stride * (read - 1) + 2 - size) for read, size in ((rows, height), (columns, width))]
         parts = []
         for part in range(groups // merged):
             products = lax.conv_general_dilated(
-                x[:, part].reshape(-1, height, width, batch),
-                gradient[..., part, :].reshape(rows, columns, batch, -1),
+                x[part].reshape(-1, height, width, batch),
+                gradient[part].reshape(rows, columns, batch, -1),
                 window_strides=(1, 1),
                 padding=padding,
                 rhs_dilation=(stride, stride),
@@ -183,6 +188,16 @@ class Lanes(Native):
             blocks = products.reshape(9, inputs, merged, -1, merged)
             parts.append(jnp.diagonal(blocks, axis1=2, axis2=4))
         return jnp.concatenate(parts, axis=-1)
+
+
+def fenced(function: Callable[..., T]) -> Callable[..., T]:
+    """A function whose operations XLA's CPU compiler fuses with no others: it is a call that is not inlined."""
+
+    def call(*arguments: jax.Array) -> T:
+        with set_xla_metadata(inlineable="false"):
+            return jax.jit(function)(*arguments)
+
+    return call
 
 
 def _merge(groups: int, channels: int, width: int) -> int:

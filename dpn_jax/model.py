@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpn_jax.config import DPNConfig, Preprocessing, StageConfig, get_config
-from dpn_jax.layers import Conv, NormAct, NormActConv, global_pool, initialise, max_pool, window_average
+from dpn_jax.layers import Conv, NormAct, NormActConv, fork, global_pool, initialise, max_pool, window_average
 
 
 class DualPath(NamedTuple):
@@ -124,10 +124,12 @@ class DualPathBlock(nnx.Module):
         )
         self.expand = Expand(stage, split=split_expand, rngs=rngs, **dtypes)
         self.residual_channels = stage.residual
+        self.forked = False  # `fast.fast_apply` sets what the backend runs best
 
     def __call__(self, x: DualPath | jax.Array) -> DualPath:
         """Maps both paths (or the stem's output) to both paths, `[B, H', W', C]` each."""
-        residual, dense = x if self.shortcut is None else split_paths(self.shortcut(x), self.residual_channels)
+        kept, x = fork(x) if self.forked else (x, x)
+        residual, dense = kept if self.shortcut is None else split_paths(self.shortcut(kept), self.residual_channels)
         added, appended = self.expand(self.grouped(self.reduce(x)))
         return DualPath(residual + added, jnp.concatenate([dense, appended], axis=-1))
 
