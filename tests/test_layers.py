@@ -1,3 +1,6 @@
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +25,24 @@ def test_parts_give_what_the_whole_map_gives() -> None:
         np.testing.assert_allclose(parts.norm.mean[...], unit.norm.mean[...], rtol=1e-6)
         np.testing.assert_allclose(parts.norm.var[...], unit.norm.var[...], rtol=1e-6)
         assert int(parts.norm.steps[...]) == int(unit.norm.steps[...]) == 1
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_gradient_of_its_own_is_autodiffs(own: bool) -> None:
+    x = jax.random.normal(jax.random.key(0), (2, 5, 7, 3))
+    vectors = list(jax.random.uniform(jax.random.key(1), (4, 3)))  # mean, variance, scale, bias
+
+    def loss(normalise: Callable[..., jax.Array], x: jax.Array, vectors: list[jax.Array]) -> jax.Array:
+        if own:
+            vectors = [x.mean(axis=(0, 1, 2)), x.var(axis=(0, 1, 2)), *vectors[2:]]
+        return jnp.sin(normalise(1e-3, own, x, *vectors)).sum()
+
+    got, expected = (
+        jax.grad(functools.partial(loss, normalise), argnums=(0, 1))(x, vectors)
+        for normalise in (layers._normalise_matmul, layers._normalise)
+    )
+    for mine, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5)
 
 
 def test_variance_survives_a_large_mean() -> None:

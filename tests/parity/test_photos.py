@@ -23,6 +23,7 @@ def timm_logits(model: torch.nn.Module, tag: str) -> torch.Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 @pytest.mark.parametrize("tag", ["dpn68b.ra_in1k", "dpn92.mx_in1k"])
 def test_top5_of_real_photos_equals_timms(tag: str, tmp_path: Path) -> None:
     assert len(PHOTOS) >= 8
@@ -41,6 +42,7 @@ def test_top5_of_real_photos_equals_timms(tag: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_bfloat16_agrees_with_float32_on_real_photos(tmp_path: Path) -> None:
     path = reference.write(reference.randomised("dpn68b", dtype=torch.float32), tmp_path / "model.safetensors")
     transform = dpn_jax.preprocessing("dpn68b.ra_in1k")
