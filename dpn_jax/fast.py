@@ -132,7 +132,7 @@ def fast_apply(model: DPN, images: jax.Array, *, backend: str | None = None) -> 
 
     The parameters stay as they are stored; only what runs is rearranged, inside the program, so gradients come back in
     the stored layout, and running statistics and random streams move as they do in `model(images)`. To be called under
-    `jit` (compiled or differentiated step by step it gains nothing).
+    `jit` (compiled or differentiated step by step it gains nothing). On a CPU it differentiates in reverse mode only.
 
     Args:
       model: the model.

@@ -276,6 +276,8 @@ def initialise(module: nnx.Module, rngs: nnx.Rngs | None) -> None:
     Args:
       module: its parameters are overwritten; they may be abstract.
       rngs: its stream `params` is drawn from once; None leaves the module as it is.
+
+    Source: `torch.nn.Conv2d.reset_parameters`, `torch.nn.BatchNorm2d.reset_parameters`.
     """
     if rngs is None:
         return
