@@ -34,18 +34,20 @@ def step(model: dpn_jax.DPN, images: jax.Array, labels: jax.Array, backend: str 
 
 
 FULL, SHORT = {}, {"k_sec": (1, 2, 1, 1)}
+# without the costly passes, XLA's own grouped convolutions take minutes to differentiate
+XLAS_OWN = (pytest.mark.slow, pytest.mark.optimised)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "remat", "norms", "backend"),
     [
         pytest.param("dpn68b", SHORT, False, "train", "cpu", marks=pytest.mark.slow),
-        pytest.param("dpn68b", SHORT, False, "train", "tpu", marks=pytest.mark.slow),
-        pytest.param("dpn92", SHORT, False, "train", "gpu", marks=pytest.mark.slow),
+        pytest.param("dpn68b", SHORT, False, "train", "tpu", marks=XLAS_OWN),
+        pytest.param("dpn92", SHORT, False, "train", "gpu", marks=XLAS_OWN),
         pytest.param("dpn68b", SHORT, True, "train", "cpu", marks=pytest.mark.slow),
         pytest.param("dpn92", SHORT, False, "frozen", "cpu", marks=pytest.mark.slow),
-        pytest.param("dpn68b", SHORT, False, "frozen", None, marks=pytest.mark.slow),
-        pytest.param("dpn68b", FULL, False, "train", None, marks=pytest.mark.slow),
+        pytest.param("dpn68b", SHORT, False, "frozen", None, marks=XLAS_OWN),
+        pytest.param("dpn68b", FULL, False, "train", None, marks=XLAS_OWN),
         pytest.param("dpn92", FULL, False, "train", "cpu", marks=pytest.mark.slow),
     ],
 )
