@@ -191,13 +191,13 @@ class Lanes(Native):
 
 
 def fenced(function: Callable[..., T]) -> Callable[..., T]:
-    """A function whose operations XLA's CPU compiler fuses with no others: it is a call that is not inlined."""
+    """A function whose operations XLA's CPU compiler fuses with no others: there, it is a call that is not inlined."""
 
     def call(*arguments: jax.Array) -> T:
         with set_xla_metadata(inlineable="false"):
             return jax.jit(function)(*arguments)
 
-    return call
+    return lambda *arguments: lax.platform_dependent(*arguments, cpu=call, default=function)
 
 
 def _merge(groups: int, channels: int, width: int) -> int:

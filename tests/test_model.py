@@ -131,7 +131,7 @@ def test_reset_classifier(model: dpn_jax.DPN, images: jax.Array, pool: str) -> N
     np.testing.assert_array_equal(features_of(model, images), features)
     model.reset_classifier(0)
     assert model.classifier is None
-    assert model.forward_head(features).shape[-1] == model.config.head_features
+    assert nnx.eval_shape(forward, model, images).shape[-1] == model.config.head_features
 
 
 def test_reset_classifier_needs_rngs(model: dpn_jax.DPN) -> None:
