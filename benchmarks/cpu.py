@@ -1,8 +1,8 @@
 """Against timm on this machine's CPU: `python -m benchmarks.cpu`.
 
-Ours and timm's (eager, channels_last, `torch.compile`) take turns in one run, after warm-up, with the same batch,
-precision (float32) and threads; the figures are medians. A training step is forward, backward and plain SGD in training
-mode.
+Ours and timm's (eager, channels_last, `torch.compile`) take turns in one run, three calls each, after warm-up, with the
+same batch, precision (float32) and threads; the figures are medians. A training step is forward, backward and plain SGD
+in training mode.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ class Options:
     """Batch sizes for a training step."""
     size: int = 224
     """Side of the images, pixels."""
-    rounds: int = 10
-    """Timed turns of each contender."""
+    rounds: int = 5
+    """Timed turns of each contender, three calls each."""
     plain: bool = False
     """Time our plain form too."""
     skip_compile: bool = False

@@ -261,11 +261,17 @@ def channel_sum(x: jax.Array, *, matmul: bool = False) -> jax.Array:
 
     Args:
       x: the features.
-      matmul: as a product with ones. On a CPU it is up to 20 times as fast, as XLA sums a matrix's columns one by one.
+      matmul: up to eight pixels at a time in one loop, then a product with ones. On a CPU it is up to 20 times as fast,
+        as XLA sums a matrix's columns one by one.
     """
     if not matmul:
         return x.sum(axis=(0, 1, 2))
-    return lax.dot_general(jnp.ones(x.shape[:3], x.dtype), x, (((0, 1, 2), (0, 1, 2)), ((), ())), precision="highest")
+    batch, height, width, channels = x.shape
+    # few enough to be written out: fused with what computes `x`, which is then never in memory as a whole
+    together = next(n for n in range(8, 0, -1) if height * width % n == 0)
+    pixels = x.reshape(batch, -1, together, channels)
+    sums = functools.reduce(jnp.add, (pixels[:, :, pixel] for pixel in range(together)))
+    return lax.dot_general(jnp.ones(sums.shape[:2], x.dtype), sums, (((0, 1), (0, 1)), ((), ())), precision="highest")
 
 
 def initialise(module: nnx.Module, rngs: nnx.Rngs | None) -> None:
