@@ -18,6 +18,10 @@ timm = import_timm()
 Task = Literal["inference", "training"]
 Dtype = Literal["float32", "bfloat16"]
 
+CALLS = 3
+"""Calls in a row that make a turn: a loop calls again and again, and the first call after another contender's turn is
+slower (docs/performance.md, "A training step")."""
+
 
 class Contender(NamedTuple):
     """One way to do a task."""
@@ -37,19 +41,15 @@ class Timing(NamedTuple):
     """The median of the timed calls."""
 
 
-def race(contenders: Mapping[str, Contender], rounds: int, *, calls: int = 3) -> dict[str, Timing]:
-    """Times every contender in turn, so that whatever else the machine does meets all of them alike.
-
-    A turn is so many calls in a row, as a loop makes them: the first after another contender's turn has to get its
-    memory back from the system.
-    """
+def race(contenders: Mapping[str, Contender], rounds: int) -> dict[str, Timing]:
+    """Times every contender in turns of `CALLS`, so that whatever else the machine does meets all of them alike."""
     first, times = {}, {label: [] for label in contenders}
     for label, contender in contenders.items():
         first[label] = _timed(contender.call)
         _timed(contender.call)
     for _ in range(rounds):
         for label, contender in contenders.items():
-            times[label] += [_timed(contender.call) for _ in range(calls)]
+            times[label] += [_timed(contender.call) for _ in range(CALLS)]
     return {label: Timing(first[label], float(np.median(times[label]))) for label in contenders}
 
 

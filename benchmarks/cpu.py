@@ -1,8 +1,8 @@
 """Against timm on this machine's CPU: `python -m benchmarks.cpu`.
 
-Ours and timm's (eager, channels_last, `torch.compile`) take turns in one run, three calls each, after warm-up, with the
-same batch, precision (float32) and threads; the figures are medians. A training step is forward, backward and plain SGD
-in training mode.
+Ours and timm's (eager, channels_last, `torch.compile`) take turns in one run, after warm-up, with the same batch,
+precision (float32) and threads; the figures are medians. A training step is forward, backward and plain SGD in training
+mode.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks.contenders import Task, ours, race, timms
+from benchmarks.contenders import CALLS, Task, ours, race, timms
 from benchmarks.report import print_setting
 
 
@@ -32,7 +32,7 @@ class Options:
     size: int = 224
     """Side of the images, pixels."""
     rounds: int = 5
-    """Timed turns of each contender, three calls each."""
+    """Timed turns of each contender, `contenders.CALLS` calls each."""
     plain: bool = False
     """Time our plain form too."""
     skip_compile: bool = False
@@ -44,7 +44,8 @@ class Options:
 def main(options: Options) -> None:
     """Prints a table of images a second."""
     report = {"setting": print_setting("benchmarks.cpu"), "torch_threads": torch.get_num_threads(), "rows": []}
-    print(f"float32, {options.size} pixels, {options.rounds} rounds, torch threads {torch.get_num_threads()}\n")
+    rounds = f"{options.rounds} rounds of {CALLS} calls"
+    print(f"float32, {options.size} pixels, {rounds}, torch threads {torch.get_num_threads()}\n")
     print(
         f"{'model':<8}{'task':<11}{'batch':>6}  {'contender':<22}{'median ms':>10}{'images/s':>10}{'first call s':>14}"
     )

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from benchmarks.contenders import Task, ours, race, timms
+from benchmarks.contenders import CALLS, Task, ours, race, timms
 from benchmarks.report import print_setting
 from dpn_jax.config import get_config
 
@@ -45,7 +45,7 @@ class Options:
     size: int = 224
     """Side of the images, pixels."""
     rounds: int = 20
-    """Timed turns of each contender."""
+    """Timed turns of each contender, `contenders.CALLS` calls each."""
     device: Literal["cuda", "cpu"] = "cuda"
     """cpu is there to try the script out."""
     probe: int = 8192
@@ -64,7 +64,7 @@ def main(options: Options) -> int:
     rate, bandwidth = matmul_rate(options.probe), memory_bandwidth(options.probe)
     device = str(jax.devices()[0])
     print(f"{device}: bfloat16 matrix product {rate / 1e12:.1f} TFLOP/s, memory {bandwidth / 1e9:.0f} GB/s")
-    print(f"bfloat16, {options.size} pixels, {options.rounds} rounds\n")
+    print(f"bfloat16, {options.size} pixels, {options.rounds} rounds of {CALLS} calls\n")
     print(
         f"{'model':<8}{'task':<11}{'batch':>6}  {'contender':<27}{'median ms':>10}{'images/s':>10}{'of matmul':>11}"
         f"{'of memory':>11}{'peak MB':>9}{'first call s':>14}"
