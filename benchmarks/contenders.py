@@ -11,9 +11,8 @@ import torch
 from flax import nnx
 
 import dpn_jax
-from convert.timm_import import import_timm
-
-timm = import_timm()
+from convert.timm_import import create_timm_model
+from dpn_jax.config import get_config
 
 Task = Literal["inference", "training"]
 Dtype = Literal["float32", "bfloat16"]
@@ -94,7 +93,7 @@ def timms(
         compiled = label.startswith("compile")
         channels_last = label == "channels_last" or (compiled and device != "cpu")
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        model = timm.create_model(name).to(device, memory_format=memory_format)
+        model = create_timm_model(get_config(name)).to(device, memory_format=memory_format)
         model = model.eval().to(getattr(torch, dtype)) if task == "inference" else model.train()
         run = torch.compile(model, mode=label.removeprefix("compile ")) if compiled else model
         kept = x.to(getattr(torch, dtype)) if task == "inference" else x

@@ -66,7 +66,7 @@ def main(options: Options) -> int:
     print(f"{device}: bfloat16 matrix product {rate / 1e12:.1f} TFLOP/s, memory {bandwidth / 1e9:.0f} GB/s")
     print(f"bfloat16, {options.size} pixels, {options.rounds} rounds of {CALLS} calls\n")
     print(
-        f"{'model':<8}{'task':<11}{'batch':>6}  {'contender':<27}{'median ms':>10}{'images/s':>10}{'of matmul':>11}"
+        f"{'model':<9}{'task':<11}{'batch':>6}  {'contender':<27}{'median ms':>10}{'images/s':>10}{'of matmul':>11}"
         f"{'of memory':>11}{'peak MB':>9}{'first call s':>14}"
     )
     report = {"setting": setting, "device": device, "flops": rate, "bandwidth": bandwidth, "rows": []}
@@ -101,13 +101,13 @@ def measure(
         }  # fmt: skip
         rows.append(row)
         print(
-            f"{name:<8}{task:<11}{batch:>6}  {label:<27}{row['median_ms']:>10.2f}{row['images_per_second']:>10.1f}"
+            f"{name:<9}{task:<11}{batch:>6}  {label:<27}{row['median_ms']:>10.2f}{row['images_per_second']:>10.1f}"
             f"{row['of_matmul']:>11.1%}{row['of_memory']:>11.1%}{cost.get('peak', float('nan')) / 1e6:>9.0f}"
             f"{timing.first_s:>14.1f}"
         )
     speed = {row["contender"]: row["images_per_second"] for row in rows}
     best = max(value for label, value in speed.items() if label.startswith("timm"))
-    print(f"{name:<8}{task:<11}{batch:>6}  ours / the best of timm's: {speed['dpn_jax'] / best:.2f}\n", flush=True)
+    print(f"{name:<9}{task:<11}{batch:>6}  ours / the best of timm's: {speed['dpn_jax'] / best:.2f}\n", flush=True)
     del contenders
     gc.collect()
     return rows

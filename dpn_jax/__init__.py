@@ -13,6 +13,7 @@ from dpn_jax.fast import fast_apply as fast_apply
 from dpn_jax.fast import fast_forward as fast_forward
 from dpn_jax.inference import Classifier as Classifier
 from dpn_jax.inference import Prediction as Prediction
+from dpn_jax.memory import keep_freed_memory as keep_freed_memory
 from dpn_jax.model import DPN as DPN
 from dpn_jax.model import create_model as create_model
 from dpn_jax.preprocess import ImageError as ImageError

@@ -17,6 +17,7 @@ from dpn_jax.commands.export import Export
 from dpn_jax.commands.finetune import Finetune
 from dpn_jax.commands.models import Models
 from dpn_jax.commands.output import INTERRUPTED, NOTHING_DONE, SOME_FAILED, note
+from dpn_jax.memory import keep_freed_memory
 
 COMMANDS = {
     "classify": Classify,
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Args:
       arguments: the words after `dpn-jax`; those of this process when left out, which is then the command's own: what
-        JAX compiles is kept for its next run.
+        JAX compiles is kept for its next run, and memory for its next call.
 
     Returns:
       The exit code: 0 done; 1 some inputs failed and the rest were done; 2 nothing could be done; 130 Ctrl-C.
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="dpn-jax", args=arguments)
         if arguments is None:
             keep_compiled()
+            keep_freed_memory()
         return command.run()
 
     return guarded(run)

@@ -15,6 +15,11 @@ from tests.checkpoints import save_timm, timm_dpn
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+# torch's threads spin while they wait: those of several workers on the same cores take twice the time
+_THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+torch.set_num_threads(_THREADS)
+os.environ["OMP_NUM_THREADS"] = str(_THREADS)  # for the processes that a test starts
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """What a test runs is compiled in half the time, for slower code; in full where it is marked `optimised`."""

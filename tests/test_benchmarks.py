@@ -28,7 +28,7 @@ def run(module: str, *options: str, json_file: Path | None = None) -> subprocess
 )
 def test_both_sides_are_timed_in_both_tasks(module: str, options: tuple[str, ...], tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    done = run(module, "--models", "dpn48b", "--size", "32", "--rounds", "1", *options, json_file=report)
+    done = run(module, "--models", "dpn_tiny", "--size", "32", "--rounds", "1", *options, json_file=report)
     assert done.returncode == 0, done.stderr
     assert f"$ python -m {module}" in done.stdout and "jax 0." in done.stdout
     figures = json.loads(report.read_text())

@@ -26,7 +26,7 @@ TORCH = ("torch", "timm", "torchvision")
 EXTRAS = ("orbax", "grain", "tensorboardX", "matplotlib", "etils")
 
 LAYERS = [
-    {"config", "grouped"},
+    {"config", "grouped", "memory"},
     {"layers", "weights", "preprocess", "throughput"},
     {"model", "tensors", "hub"},
     {"checkpoint", "fast"},
