@@ -48,10 +48,8 @@ def main(options: Options) -> None:
     """Prints a table of images a second."""
     kept = options.keep_memory and dpn_jax.keep_freed_memory()
     report = {"setting": print_setting("benchmarks.cpu"), "torch_threads": torch.get_num_threads(), "rows": []}
-    rounds = f"{options.rounds} rounds of {CALLS} calls"
-    print(
-        f"float32, {options.size} pixels, {rounds}, torch threads {torch.get_num_threads()}, freed memory kept: {kept}\n"
-    )
+    threads = f"torch threads {torch.get_num_threads()}, freed memory kept: {kept}"
+    print(f"float32, {options.size} pixels, {options.rounds} rounds of {CALLS} calls, {threads}\n")
     print(
         f"{'model':<9}{'task':<11}{'batch':>6}  {'contender':<22}{'median ms':>10}{'images/s':>10}{'first call s':>14}"
     )
