@@ -28,12 +28,25 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(hurry))  # for the processes that a test starts
 
 
+_SLOW_EXAMPLES = {"train_step", "fast_apply", "fast_forward", "export_model", "Classifier"}  # they compile networks
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what cannot be marked where it is: examples, and all tests of the finished run of `test_finetune_loop`."""
+    for item in items:
+        example = isinstance(item, pytest.DoctestItem) and item.name.rpartition(".")[2] in _SLOW_EXAMPLES
+        if example or "finished" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """What JAX compiles is kept in this folder, for tests that make the same model, or run the same step, anew."""
-    folder = str(tmp_path_factory.mktemp("xla"))
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    """What JAX compiles is kept in this folder, for all workers and the processes that tests start."""
+    base = tmp_path_factory.getbasetemp()
+    folder = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "xla")
+    for name, value in (("jax_compilation_cache_dir", folder), ("jax_persistent_cache_min_compile_time_secs", 0.0)):
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
     compilation_cache.reset_cache()  # what was compiled on import has settled that there is none
     yield folder
 

@@ -15,6 +15,22 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from dpn_jax.config import DPN_MEAN
+
+CONFIG = {
+    "num_classes": 5,
+    "pretrained_cfg": {
+        "input_size": [3, 64, 64],
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.1, 0.2, 0.3],
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+        "label_names": ["ant", "bee", "cat", "dog", "eel"],
+    },
+}
+FLAT_CONFIG = {"architecture": "dpn68", "num_classes": 1000, **CONFIG["pretrained_cfg"], "mean": list(DPN_MEAN)}
+del FLAT_CONFIG["label_names"]
+
 Content = bytes | Path
 Fault = Literal[
     "truncated",  # Content-Length promises more than comes; what came before stays come

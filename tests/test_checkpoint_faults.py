@@ -725,6 +725,7 @@ def test_mutated_index(state: State, tmp_path: Path) -> None:
     assert 0 < sum(loaded) < len(loaded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("legacy", [False, True])
 def test_mutated_pth(legacy: bool, state: State, tmp_path: Path) -> None:
     path = tmp_path / "a.pth"

@@ -354,6 +354,7 @@ def test_what_is_compiled_is_kept_for_the_next_process(weights: Path, photos: Pa
     classify(XDG_CACHE_HOME=weights)
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_ends_it_quietly(weights: Path, photos: Path) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -365,6 +366,7 @@ def test_a_reader_that_leaves_ends_it_quietly(weights: Path, photos: Path) -> No
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(weights: Path, photos: Path) -> None:
     with Path("/dev/full").open("wb") as full:
         ended = subprocess.run(
@@ -374,6 +376,7 @@ def test_a_full_disk_is_one_line(weights: Path, photos: Path) -> None:
     assert ended.stderr.decode().splitlines() == ["dpn-jax: output: No space left on device"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_cleanly(weights: Path, photos: Path) -> None:
     many = [str(photos / "a.png")] * 5_000
     with subprocess.Popen(

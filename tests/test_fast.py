@@ -75,6 +75,7 @@ def test_the_fast_form_is_the_model_in_float32(backend: str, name: str) -> None:
     assert error(model, images, backend) <= 1e-5
 
 
+@pytest.mark.slow
 def test_bfloat16_folds_before_it_casts() -> None:
     model = randomised(TINY, dtype=jnp.bfloat16)
     full = randomised(TINY)
@@ -132,7 +133,7 @@ def test_a_donated_model_is_used_up() -> None:
 @pytest.mark.parametrize(
     ("backend", "changes"),
     [
-        ("cpu", {"depths": (2,), "dense_increments": (4,)}),
+        pytest.param("cpu", {"depths": (2,), "dense_increments": (4,)}, marks=pytest.mark.slow),
         pytest.param("cpu", {"drop_rate": 0.5, "split_expand": True}, marks=pytest.mark.slow),
         pytest.param("tpu", {"drop_rate": 0.5}, marks=pytest.mark.slow),
         pytest.param("gpu", {"split_expand": True}, marks=pytest.mark.slow),

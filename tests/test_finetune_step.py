@@ -102,11 +102,10 @@ TRAINED: dict[str, Callable[[str], bool]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("freeze", "norms"),
-    [("stage1", "train")]
-    + [pytest.param(freeze, "train", marks=pytest.mark.slow) for freeze in TRAINED if freeze != "stage1"]
-    + [pytest.param("none", "frozen", marks=pytest.mark.slow)],
+    [*((freeze, "train") for freeze in TRAINED), ("none", "frozen")],
 )
 def test_what_is_frozen_stays_to_the_bit(freeze: str, norms: str) -> None:
     model = randomised(data_parallel.TINY.replace(num_classes=CLASSES))
@@ -149,6 +148,7 @@ def test_state_is_used_up_and_the_model_is_not(
     assert 0 < np.count_nonzero(copy.dropout(np.ones(100, np.float32))) < 100
 
 
+@pytest.mark.slow
 def test_one_program_for_all_steps(begin: Callable[[FinetuneConfig], TrainState]) -> None:
     state, losses = begin(FULL), []
     compiled = step_module._train_step._cache_size()
@@ -166,6 +166,7 @@ def test_one_program_for_all_steps(begin: Callable[[FinetuneConfig], TrainState]
     assert all(map(np.array_equal, jax.tree.leaves(again), jax.tree.leaves(state)))
 
 
+@pytest.mark.slow
 def test_moving_average_is_numpys(begin: Callable[[FinetuneConfig], TrainState]) -> None:
     state = begin(FULL)
     expected = [arrays(tree) for tree in state.weights()]

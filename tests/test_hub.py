@@ -18,10 +18,12 @@ import torch
 
 import dpn_jax
 from dpn_jax.checkpoint import convert
-from dpn_jax.config import DPN_MEAN, PRETRAINED, Preprocessing
-from dpn_jax.hub import locate, promised_sha256
+from dpn_jax.config import DPN_MEAN, PRETRAINED
+from dpn_jax.hub import promised_sha256
 from tests.checkpoints import randomise, save_timm, timm_dpn, to_flax
-from tests.hub_server import Hub
+from tests.hub_server import CONFIG, FLAT_CONFIG, Hub
+
+pytestmark = pytest.mark.slow
 
 # Runs `from_pretrained` for each line of its input, in order. The client reads its environment when it is imported,
 # hence a process; its waits between attempts, 23 s in all, are left out.
@@ -50,19 +52,6 @@ for line in sys.stdin:
                   "mean": provenance.preprocessing and provenance.preprocessing.mean}
     print(json.dumps([name, answer]), flush=True)
 """
-CONFIG = {
-    "num_classes": 5,
-    "pretrained_cfg": {
-        "input_size": [3, 64, 64],
-        "mean": [0.5, 0.4, 0.3],
-        "std": [0.1, 0.2, 0.3],
-        "interpolation": "bicubic",
-        "crop_pct": 0.9,
-        "label_names": ["ant", "bee", "cat", "dog", "eel"],
-    },
-}
-FLAT_CONFIG = {"architecture": "dpn68", "num_classes": 1000, **CONFIG["pretrained_cfg"], "mean": list(DPN_MEAN)}
-del FLAT_CONFIG["label_names"]
 
 
 class Step(NamedTuple):
@@ -371,67 +360,3 @@ def test_an_empty_cache_is_one_line_that_says_what_to_do(cut_off: dict[str, Any]
 def test_the_stores_hash_is_not_mistaken_for_the_promised_one(session: Session, shared_blob: Path) -> None:
     assert promised_sha256(shared_blob) == hashlib.sha256(shared_blob.read_bytes()).hexdigest()
     assert promised_sha256(shared_blob) == session.answers["shared"]["sha256"]
-
-
-# Names and folders, which need no client
-
-
-def test_a_variant_is_answered_with_its_tags() -> None:
-    with pytest.raises(
-        ValueError, match=r"'dpn68b' is an architecture; its weights are dpn68b.mx_in1k or dpn68b.ra_in1k"
-    ):
-        locate("dpn68b")
-    with pytest.raises(ValueError, match="no weights are published"):
-        locate("dpn48b")
-
-
-@pytest.mark.parametrize("name", ["dpn92.mx", "timm/", "a/b/c", "hf-hub:dpn9", "no\0name", " "])
-def test_an_unknown_name_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"^unknown model .*(did you mean|known: )"):
-        locate(name)
-
-
-@pytest.mark.parametrize("name", ["x" * 5000, "no/such.safetensors", "./nothing", "/nothing", "a\0b.pth", ""])
-def test_a_path_that_cannot_be_read_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(dpn_jax.CheckpointError):
-        dpn_jax.from_pretrained(name)
-    with pytest.raises(dpn_jax.CheckpointError):
-        dpn_jax.load(name)
-
-
-def test_a_folder_laid_out_like_a_repository(tiny_timm_file: Path, tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(tiny_timm_file.read_bytes())
-    assert locate(tmp_path).preprocessing is None
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    model = dpn_jax.from_pretrained(str(tmp_path))
-    assert model.provenance.source == tmp_path.name
-    assert model.provenance.class_names == ("ant", "bee", "cat", "dog", "eel")
-    assert model.provenance.preprocessing == Preprocessing(
-        image_size=64, crop_fraction=0.9, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3)
-    )
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        b"",
-        b"[]",
-        b"[" * 100_000,
-        b'{"pretrained_cfg": null}',
-        json.dumps(CONFIG | {"architecture": "vit"}).encode(),
-        json.dumps(CONFIG | {"architecture": {}}).encode(),
-        json.dumps(CONFIG | {"model_args": {"global_pool": "soft"}}).encode(),
-        json.dumps(FLAT_CONFIG | {"input_size": []}).encode(),
-        json.dumps(FLAT_CONFIG | {"input_size": {}}).encode(),
-        json.dumps(FLAT_CONFIG | {"crop_pct": 1.5}).encode(),
-        json.dumps(FLAT_CONFIG | {"mean": [10**400] * 3}).encode(),
-        json.dumps(FLAT_CONFIG | {"interpolation": "sinc"}).encode(),
-        json.dumps(FLAT_CONFIG | {"labels": 5}).encode(),
-    ],
-)
-def test_a_config_json_that_is_not_timms(config: bytes, tmp_path: Path, tiny_timm_file: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(tiny_timm_file.read_bytes())
-    (tmp_path / "config.json").write_bytes(config)
-    with pytest.raises(dpn_jax.CheckpointError, match=r"config\.json: not the config"):
-        dpn_jax.from_pretrained(tmp_path)

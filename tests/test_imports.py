@@ -1,6 +1,7 @@
 """The library stands alone: no torch, no timm, imports one way."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,8 @@ def test_importing_touches_no_network_library_and_no_device() -> None:
         "assert not jax._src.xla_bridge.backends_are_initialized()\n"
         "assert not jax.config.jax_compilation_cache_dir and not jax.config.jax_enable_x64\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=environment)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -29,6 +29,7 @@ def faults(keep: bool) -> int:
     return int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems' C libraries differ")
 def test_temporary_memory_is_kept() -> None:
     pages = 30 * 64 * 2**20 // 4096
