@@ -117,7 +117,6 @@ def test_resuming_what_is_finished_changes_nothing(
     assert again.best == finished.best
 
 
-@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     finished: Finetuned, copy: Path, images: Path, weights: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
