@@ -9,6 +9,7 @@ from dpn_jax.config import list_models as list_models
 from dpn_jax.config import list_pretrained as list_pretrained
 from dpn_jax.export import export_model as export_model
 from dpn_jax.export import load_exported as load_exported
+from dpn_jax.fast import compiler_options as compiler_options
 from dpn_jax.fast import fast_apply as fast_apply
 from dpn_jax.fast import fast_forward as fast_forward
 from dpn_jax.inference import Classifier as Classifier

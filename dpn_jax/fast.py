@@ -49,8 +49,8 @@ PLANS = {
         grouped=((12, Lanes()), (32, Merged(width=1, sliced=True))),
         matmul=True,
         barriers=True,
-        # matrix products by Eigen instead of YNNPACK
-        compiler_options=(("xla_cpu_experimental_ynn_fusion_type", ""),),
+        # matrix products by Eigen instead of YNNPACK; AVX-512 in full, where there is any
+        compiler_options=(("xla_cpu_experimental_ynn_fusion_type", ""), ("xla_cpu_prefer_vector_width", "512")),
     ),
     "tpu": Plan(
         grouped=((32, Merged(width=16)),),
@@ -122,9 +122,7 @@ def fast_forward(model: DPN, *, backend: str | None = None, donate: bool = False
       >>> dpn_jax.fast_forward(model)(jnp.zeros((1, 64, 64, 3))).shape
       (1, 3)
     """
-    plan = _plan(backend)
-    options = _known(plan.compiler_options) if plan is PLANS.get(jax.default_backend()) else {}
-    return FastForward(model, plan, compiler_options=options, donate=donate)
+    return FastForward(model, _plan(backend), compiler_options=compiler_options(backend), donate=donate)
 
 
 def fast_apply(model: DPN, images: jax.Array, *, backend: str | None = None) -> jax.Array:
@@ -132,7 +130,8 @@ def fast_apply(model: DPN, images: jax.Array, *, backend: str | None = None) -> 
 
     The parameters stay as they are stored; only what runs is rearranged, inside the program, so gradients come back in
     the stored layout, and running statistics and random streams move as they do in `model(images)`. To be called under
-    `jit` (compiled or differentiated step by step it gains nothing). On a CPU it differentiates in reverse mode only.
+    `jit` (compiled or differentiated step by step it gains nothing), best with `compiler_options=compiler_options()`.
+    On a CPU it differentiates in reverse mode only.
 
     Args:
       model: the model.
@@ -163,6 +162,30 @@ def fast_apply(model: DPN, images: jax.Array, *, backend: str | None = None) -> 
     return outputs
 
 
+def compiler_options(backend: str | None = None) -> dict[str, str]:
+    """What a backend's compiler is told for `fast_forward`, and best for a training step around `fast_apply` too.
+
+    Args:
+      backend: as for `fast_forward`.
+
+    Returns:
+      Names and values for `jax.jit(compiler_options=...)`; only what the compiler knows, as they come and go with its
+      versions, so nothing where the default backend is another one.
+
+    Raises:
+      ValueError: an unknown backend.
+
+    Example:
+      >>> step = jax.jit(lambda x: x + 1, compiler_options=compiler_options())
+      >>> int(step(1))
+      2
+    """
+    plan = _plan(backend)
+    if plan is not PLANS.get(jax.default_backend()):
+        return {}
+    return {name: value for name, value in plan.compiler_options if _is_known(name, value)}
+
+
 class FastForward:
     """What `fast_forward` returns: `params`, and a pure `apply(params, images)`."""
 
@@ -177,7 +200,9 @@ class FastForward:
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps `[B, H, W, C]` to logits `[B, num_classes]`, as the model does."""
-        return self.jitted(self.params, images)
+        # inside somebody's `jit` there is one program, with that one's options
+        run = self.apply if isinstance(images, jax.core.Tracer) else self.jitted
+        return run(self.params, images)
 
     def apply(self, params: Folded, images: jax.Array) -> jax.Array:
         """The forward pass, not jitted."""
@@ -234,13 +259,12 @@ def _plan(backend: str | None) -> Plan:
 
 
 @functools.cache
-def _known(options: tuple[tuple[str, str], ...]) -> dict[str, str]:
-    """The options, if the default backend's compiler takes them; they come and go with its versions."""
+def _is_known(option: str, value: str) -> bool:
     try:
-        jax.jit(lambda: jnp.zeros(()), compiler_options=dict(options)).lower().compile()
+        jax.jit(lambda: jnp.zeros(()), compiler_options={option: value}).lower().compile()
     except jax.errors.JaxRuntimeError:
-        return {}
-    return dict(options)
+        return False
+    return True
 
 
 def _rearrange(model: DPN, plan: Plan, *, back: bool) -> None:

@@ -75,6 +75,9 @@ class Conv(nnx.Module):
         if self.groups > 1:
             kernel = self.formulation.arrange(kernel, self.groups)
             y = self.formulation.apply(x.astype(self.dtype), kernel, stride=self.stride)
+        elif self.matmul:
+            whole = jnp.concatenate([part.astype(self.dtype) for part in jax.tree.leaves(x)], axis=-1)
+            y = convolve(whole, kernel, stride=self.stride, matmul=True)
         else:
             # over parts, the convolution is the sum of one convolution a part, each on its slice of the kernel
             y = functools.reduce(
@@ -224,33 +227,49 @@ def _normalise(
     return (x - mean) * (scale * lax.rsqrt(var + epsilon)) + bias
 
 
-_normalise_matmul = jax.custom_vjp(_normalise, nondiff_argnums=(0, 1))
-"""The same with a gradient of its own: two sums over the pixels, where autodiff takes five. With `own` all of the
-gradient goes to `x`, and none to mean and variance."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _normalise_matmul(
+    epsilon: float, own: bool, x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array
+) -> jax.Array:
+    """The same with a gradient of its own: two sums over the pixels, where autodiff takes five. With `own` all of the
+    gradient goes to `x`, and none to mean and variance.
+
+    What is one number a channel is computed apart (`fenced`), not once more for each pixel.
+    """
+    return _normalise_forward(epsilon, own, x, mean, var, scale, bias)[0]
 
 
 def _normalise_forward(
     epsilon: float, own: bool, x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _normalise(epsilon, own, x, mean, var, scale, bias), (x, mean, var, scale)
+    def vectors(mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
+        root = lax.rsqrt(var + epsilon)
+        return mean, bias, scale, root, scale * root
+
+    mean, bias, scale, root, gain = fenced(vectors)(mean, var, scale, bias)
+    return (x - mean) * gain + bias, (x, mean, scale, root, gain)
 
 
 def _normalise_backward(
     epsilon: float, own: bool, kept: tuple[jax.Array, ...], gradient: jax.Array
 ) -> tuple[jax.Array, ...]:
-    x, mean, var, scale = kept
-    root = lax.rsqrt(var + epsilon)
+    x, mean, scale, root, gain = kept
+    count = x.size // x.shape[-1]
+
+    def vectors(of_bias: jax.Array, of_gain: jax.Array, scale: jax.Array, root: jax.Array) -> tuple[jax.Array, ...]:
+        of_mean = -of_bias * scale * root
+        of_var = of_gain * scale * -0.5 * root**3
+        return of_mean, of_var, of_mean / count, of_var * (2 / count), of_gain * root, of_bias
+
     centred = x - mean
     of_bias = channel_sum(gradient, matmul=True)
     of_gain = channel_sum(gradient * centred, matmul=True)
-    of_x = gradient * (scale * root)
-    of_mean = -of_bias * scale * root
-    of_var = of_gain * scale * -0.5 * root**3
+    of_mean, of_var, constant, slope, of_scale, of_bias = fenced(vectors)(of_bias, of_gain, scale, root)
+    of_x = gradient * gain
     if own:
-        count = x.size // x.shape[-1]
-        of_x = of_x + (of_mean + centred * (2 * of_var)) / count
-        of_mean, of_var = jnp.zeros_like(mean), jnp.zeros_like(var)
-    return of_x, of_mean, of_var, of_gain * root, of_bias
+        of_x = of_x + (constant + centred * slope)
+        of_mean, of_var = jnp.zeros_like(mean), jnp.zeros_like(mean)
+    return of_x, of_mean, of_var, of_scale, of_bias
 
 
 _normalise_matmul.defvjp(_normalise_forward, _normalise_backward)

@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from flax import nnx
 
 import dpn_jax
 from dpn_jax.config import DPNConfig
-from dpn_jax.fast import PLANS, _known
+from dpn_jax.fast import PLANS
 from tests.test_model import TINY as LARGER
 
 TINY = LARGER.replace(depths=(2, 1), dense_increments=(4, 4))
@@ -159,10 +160,20 @@ def test_fast_apply_is_the_model_in_training(backend: str, changes: dict[str, ob
                 np.testing.assert_array_equal(jax.random.key_data(mine), jax.random.key_data(other))
 
 
-def test_options_that_the_compiler_does_not_know_are_left_out() -> None:
+def test_options_that_the_compiler_does_not_know_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     known = PLANS["cpu"].compiler_options
-    assert _known(known) == dict(known), "jax 0.10.2 knows them"
-    assert _known((*known, ("xla_no_such_option", "1"))) == {}
+    assert dpn_jax.compiler_options("cpu") == dict(known), "jax 0.10.2 knows them"
+    options = (("xla_no_such_option", "1"), *known)
+    monkeypatch.setitem(PLANS, "cpu", dataclasses.replace(PLANS["cpu"], compiler_options=options))
+    assert dpn_jax.compiler_options() == dict(known)
+    assert dpn_jax.compiler_options("tpu") == {}, "they are the default backend's"
+
+
+def test_it_may_be_part_of_another_program() -> None:
+    model = randomised(TINY)
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    forward = dpn_jax.fast_forward(model)
+    np.testing.assert_allclose(jax.jit(lambda x: forward(x) * 2)(images), 2 * forward(images), rtol=1e-6)
 
 
 def test_wrong_arguments() -> None:

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from typing import Self, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from dpn_jax.config import DPNConfig, Preprocessing, default_preprocessing
-from dpn_jax.fast import fast_apply
+from dpn_jax.fast import compiler_options, fast_apply
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.mix import mix
 from dpn_jax.finetune.parameters import frozen_norms, trainable
@@ -160,7 +160,9 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
       >>> int(state.step), float(metrics["count"])
       (1, 2.0)
     """
-    return _train_step(state, _checked(batch, state.setup.architecture), _mesh_sharding(state))
+    batch = _checked(batch, state.setup.architecture)
+    run = _program(_train_step, state, static_argnames="sharding", donate_argnames="state")
+    return run(state, batch, sharding=_mesh_sharding(state))
 
 
 def eval_step(state: TrainState, batch: Batch, *, ema: bool = False) -> Metrics:
@@ -178,10 +180,21 @@ def eval_step(state: TrainState, batch: Batch, *, ema: bool = False) -> Metrics:
       ValueError: the batch does not fit the model, or there are no averages.
     """
     batch = _checked(batch, state.setup.architecture)
-    return _eval_step(state.setup, *state.weights(ema=ema), batch, _mesh_sharding(state))
+    run = _program(_eval_step, state, static_argnames=("setup", "sharding"))
+    return run(*state.weights(ema=ema), batch, setup=state.setup, sharding=_mesh_sharding(state))
 
 
-@functools.partial(jax.jit, static_argnames="sharding", donate_argnames="state")
+def _program(step: Callable[..., Any], state: TrainState, **names: str | tuple[str, ...]) -> Callable[..., Any]:
+    """A step, compiled; but within somebody's `jit`, where it is part of that program."""
+    return step if isinstance(state.step, jax.core.Tracer) else _jitted(step, **names)
+
+
+@functools.cache
+def _jitted(step: Callable[..., Any], **names: str | tuple[str, ...]) -> Callable[..., Any]:
+    # not when this module is imported: the options depend on the backend
+    return jax.jit(step, compiler_options=compiler_options(), **names)
+
+
 def _train_step(state: TrainState, batch: Batch, sharding: NamedSharding | None) -> tuple[TrainState, Metrics]:
     setup, config = state.setup, state.setup.config
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -210,9 +223,8 @@ def _train_step(state: TrainState, batch: Batch, sharding: NamedSharding | None)
     return _constrain((TrainState(step, params, statistics, optimizer, ema, setup), metrics), sharding)
 
 
-@functools.partial(jax.jit, static_argnames=("setup", "sharding"))
 def _eval_step(
-    setup: Setup, params: nnx.State, statistics: nnx.State, batch: Batch, sharding: NamedSharding | None
+    params: nnx.State, statistics: nnx.State, batch: Batch, setup: Setup, sharding: NamedSharding | None
 ) -> Metrics:
     images, targets, weights = _prepare(batch, setup)
     model = nnx.merge(setup.graphdef, params, statistics)
