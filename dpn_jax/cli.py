@@ -1,9 +1,11 @@
 """The `dpn-jax` command. Results go to stdout, everything else to stderr; an error is one line, never a traceback."""
 
+import _thread
 import contextlib
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -60,6 +62,7 @@ def guarded(command: Callable[[], int]) -> int:
     logging.basicConfig(format="dpn-jax: %(message)s", level=logging.WARNING)
     with contextlib.suppress(AttributeError):  # a replaced stdout
         sys.stdout.reconfigure(errors="surrogateescape")  # file names come out as the bytes that they are
+    hook, sys.unraisablehook = sys.unraisablehook, lambda lost: interrupt_again(lost) or hook(lost)
     try:
         code = command()
         sys.stdout.flush()
@@ -77,6 +80,24 @@ def guarded(command: Callable[[], int]) -> int:
     except ValueError as error:  # CheckpointError and ImageError are too
         note(str(error).split("\n")[0])
         return NOTHING_DONE
+    finally:
+        sys.unraisablehook = hook
+
+
+def interrupt_again(lost: "sys.UnraisableHookArgs") -> bool:
+    """Sends a Ctrl-C again that Python has dropped, as it came while a destructor or JAX's hook of the garbage
+    collector ran, which nothing can be raised from.
+
+    Args:
+      lost: what `sys.unraisablehook` is told.
+
+    Returns:
+      Whether it was one.
+    """
+    was_one = issubclass(lost.exc_type, KeyboardInterrupt)
+    if was_one:
+        threading.Timer(0.01, _thread.interrupt_main).start()  # once that code is left
+    return was_one
 
 
 def abandon_stdout() -> None:

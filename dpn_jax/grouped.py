@@ -7,6 +7,7 @@ what it measured is in docs/performance.md.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -85,15 +86,15 @@ class Lanes(Native):
     channels costs nothing where it is folded into the kernels before and after.
 
     Args:
-      unroll: most channels a group for which the sum is written out, in one loop for each output channel of a group.
-        Above it, about 100 products in a loop, compiling takes a minute and the result is slower.
+      unroll: most products (taps times channels a group) for which the sum is written out, in one loop for each output
+        channel of a group. At 100 compiling takes a minute and the result is slower.
       chunk: above it, input channels of a group that one loop adds to all the outputs.
-      width: fewest channels that one convolution for the kernel's gradient takes.
+      columns: most columns that one loop for the kernel's gradient adds up.
     """
 
-    unroll: int = 6
+    unroll: int = 54
     chunk: int = 2
-    width: int = 8
+    columns: int = 14
 
     def arrange(self, kernel: Array, groups: int) -> Array:
         """See `Native.arrange`; `[9, I, O, groups]`."""
@@ -113,12 +114,29 @@ class Lanes(Native):
 
     def forward(self, x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
         """The sum of shifted products."""
-        _, inputs, outputs, groups = kernel.shape
         batch, height, width, _ = x.shape
-        x = x.reshape(batch, height, width, inputs, groups)
-        # XLA would otherwise pad again for each product
-        x = lax.optimization_barrier(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0))))
-        taps = _taps(height, width, stride)
+        groups = kernel.shape[-1]
+        x = jnp.pad(x.reshape(batch, height, width, -1, groups), ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0)))
+        return self._sum(x, kernel, _taps(height, width, stride))
+
+    def backward(
+        self, x: jax.Array, kernel: jax.Array, stride: int, gradient: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The gradients of `x` and of the kernel.
+
+        That of `x` is the same convolution again, with the kernel turned around. That of the kernel is, for each tap, a
+        sum of products over the pixels: some columns of a row in one loop, the rest as a product with ones.
+        """
+        if stride == 2:
+            of_x = self._of_x_at_stride_2(x, kernel, gradient)
+        else:
+            of_x = self.forward(gradient, kernel[::-1].swapaxes(1, 2), 1)
+        return of_x, self._of_kernel(x, gradient, kernel.shape[-1], stride).astype(kernel.dtype)
+
+    def _sum(self, x: jax.Array, kernel: jax.Array, taps: list[tuple[slice, ...]]) -> jax.Array:
+        """Sums what `taps` read of `[B, H, W, I, groups]`, times a kernel `[taps, I, O, groups]`."""
+        _, inputs, outputs, groups = kernel.shape
+        x = lax.optimization_barrier(x)  # XLA would otherwise pad again for each product
 
         def total(x: jax.Array, kernel: jax.Array, start: jax.Array | None = None) -> jax.Array:
             products = (
@@ -128,7 +146,7 @@ class Lanes(Native):
             )
             return functools.reduce(jnp.add, products) if start is None else functools.reduce(jnp.add, products, start)
 
-        if inputs <= self.unroll:
+        if inputs * len(taps) <= self.unroll:
             y = jnp.stack([total(x, kernel[:, :, output]) for output in range(outputs)], axis=3)
         else:
             chunk = next(n for n in range(self.chunk, 0, -1) if inputs % n == 0)
@@ -138,56 +156,64 @@ class Lanes(Native):
                 factors = lax.dynamic_slice_in_dim(kernel, index * chunk, chunk, axis=1)
                 return total(part[:, :, :, :, None], factors, y)
 
-            start = jnp.zeros((batch, -(-height // stride), -(-width // stride), outputs, groups), x.dtype)
-            y = lax.fori_loop(0, inputs // chunk, add, start)
+            shape = jax.eval_shape(lambda x: x[taps[0]], x).shape
+            y = lax.fori_loop(0, inputs // chunk, add, jnp.zeros((*shape[:3], outputs, groups), x.dtype))
         # a loop over the flat channels would not be vectorised: only the finished sums are reshaped
         y = lax.optimization_barrier(y)
         return y.reshape(*y.shape[:3], outputs * groups)
 
-    def backward(
-        self, x: jax.Array, kernel: jax.Array, stride: int, gradient: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """The gradients of `x` and of the kernel.
-
-        That of `x` is the same convolution again, with the kernel turned around. That of the kernel is a convolution of
-        the channels as images with the gradient as a kernel, for a few groups at a time, of which only the groups' own
-        entries are kept: one matrix product that reads the taps where they are.
-        """
-        groups = kernel.shape[-1]
-        height, width = x.shape[1:3]
-        # at stride 2 zeros go between the gradient's pixels
-        spread = (
-            (0, 0, 0),
-            *((0, size - 1 - stride * (-(-size // stride) - 1), stride - 1) for size in (height, width)),
-        )
-        wide = lax.pad(gradient, jnp.zeros((), gradient.dtype), (*spread, (0, 0, 0))) if stride > 1 else gradient
-        of_x = self.forward(wide, kernel[::-1].swapaxes(1, 2), 1)
-        return of_x, self._of_kernel(x, gradient, groups, stride)
+    def _of_x_at_stride_2(self, x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> jax.Array:
+        """Pixels by the parity of their row and column: each kind has met one, two or four of the taps."""
+        batch, rows, columns, _ = gradient.shape
+        gradient = gradient.reshape(batch, rows, columns, -1, kernel.shape[-1])
+        gradient = jnp.pad(gradient, ((0, 0), (0, 1), (0, 1), (0, 0), (0, 0)))
+        met = {0: [(1, 0)], 1: [(0, 1), (2, 0)]}  # of a parity: which row of the kernel met which row of the gradient
+        kinds = []
+        for parities in itertools.product(met, repeat=2):
+            pairs = list(itertools.product(*(met[parity] for parity in parities)))
+            taps = [(slice(None), slice(y, y + rows), slice(x, x + columns)) for (_, y), (_, x) in pairs]
+            part = kernel[np.array([3 * y + x for (y, _), (x, _) in pairs])]
+            of_kind = fenced(functools.partial(self._sum, taps=taps))
+            kinds.append(of_kind(gradient, part.swapaxes(1, 2)))
+        # [B, rows, columns, C] each -> [B, rows, parity, columns, parity, C]
+        whole = jnp.stack([jnp.stack(kinds[:2], axis=3), jnp.stack(kinds[2:], axis=3)], axis=2)
+        return whole.reshape(batch, 2 * rows, 2 * columns, -1)[:, : x.shape[1], : x.shape[2]]
 
     def _of_kernel(self, x: jax.Array, gradient: jax.Array, groups: int, stride: int) -> jax.Array:
         batch, height, width, channels = x.shape
         rows, columns = gradient.shape[1:3]
-        inputs, merged = channels // groups, _merge(groups, channels // groups, self.width)
-        x = x.reshape(batch, height, width, inputs, -1, merged)
-        gradient = gradient.reshape(batch, rows, columns, -1, groups // merged, merged)
-        # part by part, once: fused, each convolution below would begin with the norm and the activation before this one
-        x = fenced(lambda x: x.transpose(4, 3, 5, 1, 2, 0))(x)
-        gradient = fenced(lambda gradient: gradient.transpose(4, 1, 2, 0, 3, 5))(gradient)
-        # at stride 2 the last row or column may not be read
-        padding = [(1, stride * (read - 1) + 2 - size) for read, size in ((rows, height), (columns, width))]
-        parts = []
-        for part in range(groups // merged):
-            products = lax.conv_general_dilated(
-                x[part].reshape(-1, height, width, batch),
-                gradient[part].reshape(rows, columns, batch, -1),
-                window_strides=(1, 1),
-                padding=padding,
-                rhs_dilation=(stride, stride),
-                dimension_numbers=("NHWC", "HWIO", "HWNC"),
-            )
-            blocks = products.reshape(9, inputs, merged, -1, merged)
-            parts.append(jnp.diagonal(blocks, axis1=2, axis2=4))
-        return jnp.concatenate(parts, axis=-1)
+        dtype = at_least_float32(x.dtype)
+        # zeros behind the last column, as many as `together` lacks
+        together = min(self.columns, columns)
+        more = -columns % together
+        end = 2 + stride * (columns + more - 1) - width
+        x = x.reshape(batch, height, width, channels // groups, 1, groups).astype(dtype)
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, max(end, 1)), (0, 0), (0, 0), (0, 0)))
+        gradient = gradient.reshape(batch, rows, columns, 1, -1, groups).astype(dtype)
+        gradient = jnp.pad(gradient, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0), (0, 0)))
+
+        def of_tap(tap: int) -> jax.Array:
+            def products(x: jax.Array, gradient: jax.Array) -> jax.Array:
+                y, first = divmod(tap, 3)
+                read = x[:, y : y + stride * rows : stride]
+                starts = (
+                    slice(first + stride * n, first + stride * (columns + more), stride * together)
+                    for n in range(together)
+                )
+                parts = (read[:, :, start] * gradient[:, :, n::together] for n, start in enumerate(starts))
+                return functools.reduce(jnp.add, parts)
+
+            # apart, as a loop over flat channels would not be vectorised
+            sums = fenced(products)(x, gradient)
+            axes = (0, 1, 2)
+            return lax.dot_general(jnp.ones(sums.shape[:3], dtype), sums, ((axes, axes), ((), ())), precision="highest")
+
+        return jnp.stack([of_tap(tap) for tap in range(9)])
+
+
+def at_least_float32(dtype: np.dtype) -> np.dtype:
+    """What sums are computed in, of numbers of this dtype."""
+    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
 def fenced(function: Callable[..., T]) -> Callable[..., T]:

@@ -18,7 +18,7 @@ from jax import lax
 from dpn_jax.grouped import Lanes as Lanes
 from dpn_jax.grouped import Merged as Merged
 from dpn_jax.grouped import Native as Native
-from dpn_jax.grouped import convolve, fenced
+from dpn_jax.grouped import at_least_float32, convolve, fenced
 from dpn_jax.grouped import grouped_conv as grouped_conv
 
 Features = TypeVar("Features", bound=jax.Array | tuple[jax.Array, ...])
@@ -157,7 +157,7 @@ class NormAct(nnx.Module):
 
     def running_statistics(self) -> tuple[jax.Array, jax.Array]:
         """The running mean and variance, `[C]` each, in float32 at least."""
-        dtype = _at_least_float32(self.mean.dtype)
+        dtype = at_least_float32(self.mean.dtype)
         return self.mean[...].astype(dtype), self.var[...].astype(dtype)
 
     def _batch_statistics(self, parts: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -166,7 +166,7 @@ class NormAct(nnx.Module):
             raise ValueError(f"training needs more than one value per channel, got features of {parts[0].shape}")
         means, variances = [], []
         for part in parts:
-            part = part.astype(_at_least_float32(part.dtype))
+            part = part.astype(at_least_float32(part.dtype))
             if self.matmul:
                 part = lax.stop_gradient(part)  # `_normalise_matmul` knows how they depend on it
             means.append(channel_sum(part, matmul=self.matmul) / count)
@@ -213,10 +213,6 @@ class NormActConv(nnx.Module):
     def __call__(self, x: Features) -> jax.Array:
         """Maps `[B, H, W, in_channels]`, whole or in parts, to `[B, H', W', out_channels]`."""
         return self.conv(self.norm(x))
-
-
-def _at_least_float32(dtype: np.dtype) -> np.dtype:
-    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
 def _normalise(
@@ -328,7 +324,7 @@ def _uniform(
 ) -> list[jax.Array]:
     """Arrays of the shapes and dtypes given, uniform between their bounds."""
     sizes = [0 if low == high else shape.size for shape, (low, high) in zip(shapes, bounds, strict=True)]
-    dtype = _at_least_float32(max((shape.dtype for shape in shapes), key=lambda dtype: dtype.itemsize))
+    dtype = at_least_float32(max((shape.dtype for shape in shapes), key=lambda dtype: dtype.itemsize))
     shares = jnp.split(jax.random.uniform(key, (sum(sizes),), dtype), np.cumsum(sizes)[:-1].tolist())
     return [
         (low + share.reshape(shape.shape) * (high - low)).astype(shape.dtype)

@@ -387,3 +387,25 @@ def test_ctrl_c_ends_it_cleanly(weights: Path, photos: Path) -> None:
         _, err = child.communicate(timeout=60)
     assert child.returncode == 130, err.decode()
     assert err.decode().splitlines() == ["dpn-jax: interrupted"]
+
+
+def test_ctrl_c_during_a_collection_is_not_lost() -> None:
+    script = """
+import gc, signal, sys, time
+from dpn_jax.cli import guarded
+
+def interrupt(phase, info):  # JAX has such a hook; what it raises is dropped
+    if phase == "start":
+        signal.raise_signal(signal.SIGINT)
+
+def command():
+    gc.callbacks.append(interrupt)
+    gc.collect()
+    gc.callbacks.remove(interrupt)
+    time.sleep(30)
+    return 0
+
+sys.exit(guarded(command))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (130, "dpn-jax: interrupted\n")
