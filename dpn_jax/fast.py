@@ -46,7 +46,7 @@ class Plan:
 # measured by benchmarks/cpu.py and benchmarks/tpu_compile.py; the GPU's is not measured yet
 PLANS = {
     "cpu": Plan(
-        grouped=((12, Lanes()), (32, Merged(width=1, sliced=True))),
+        grouped=((24, Lanes()), (32, Merged(width=1, sliced=True))),
         matmul=True,
         barriers=True,
         # matrix products by Eigen instead of YNNPACK; AVX-512 in full, where there is any

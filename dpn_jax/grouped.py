@@ -86,14 +86,9 @@ class Lanes(Native):
     channels costs nothing where it is folded into the kernels before and after.
 
     Args:
-      unroll: most products (taps times channels a group) for which the sum is written out, in one loop for each output
-        channel of a group. At 100 compiling takes a minute and the result is slower.
-      chunk: above it, input channels of a group that one loop adds to all the outputs.
       columns: most columns that one loop for the kernel's gradient adds up.
     """
 
-    unroll: int = 54
-    chunk: int = 2
     columns: int = 14
 
     def arrange(self, kernel: Array, groups: int) -> Array:
@@ -135,32 +130,18 @@ class Lanes(Native):
 
     def _sum(self, x: jax.Array, kernel: jax.Array, taps: list[tuple[slice, ...]]) -> jax.Array:
         """Sums what `taps` read of `[B, H, W, I, groups]`, times a kernel `[taps, I, O, groups]`."""
-        _, inputs, outputs, groups = kernel.shape
-        x = lax.optimization_barrier(x)  # XLA would otherwise pad again for each product
+        inputs, outputs, groups = kernel.shape[1:]
 
-        def total(x: jax.Array, kernel: jax.Array, start: jax.Array | None = None) -> jax.Array:
-            products = (
-                x[tap][:, :, :, channel, ..., :] * kernel[number, channel]
-                for channel in range(kernel.shape[1])
-                for number, tap in enumerate(taps)
-            )
-            return functools.reduce(jnp.add, products) if start is None else functools.reduce(jnp.add, products, start)
+        def add(x: jax.Array, kernel: jax.Array, *start: jax.Array, channel: int) -> jax.Array:
+            products = (x[tap][:, :, :, channel, None] * kernel[number, channel] for number, tap in enumerate(taps))
+            return functools.reduce(jnp.add, products, *start)
 
-        if inputs * len(taps) <= self.unroll:
-            y = jnp.stack([total(x, kernel[:, :, output]) for output in range(outputs)], axis=3)
-        else:
-            chunk = next(n for n in range(self.chunk, 0, -1) if inputs % n == 0)
-
-            def add(index: jax.Array, y: jax.Array) -> jax.Array:
-                part = lax.dynamic_slice_in_dim(x, index * chunk, chunk, axis=3)
-                factors = lax.dynamic_slice_in_dim(kernel, index * chunk, chunk, axis=1)
-                return total(part[:, :, :, :, None], factors, y)
-
-            shape = jax.eval_shape(lambda x: x[taps[0]], x).shape
-            y = lax.fori_loop(0, inputs // chunk, add, jnp.zeros((*shape[:3], outputs, groups), x.dtype))
-        # a loop over the flat channels would not be vectorised: only the finished sums are reshaped
-        y = lax.optimization_barrier(y)
-        return y.reshape(*y.shape[:3], outputs * groups)
+        # apart, or XLA would pad again for each product, and a loop over flat channels would not be vectorised
+        x = lax.optimization_barrier(x)
+        total: tuple[jax.Array, ...] = ()
+        for channel in range(inputs):
+            total = (fenced(functools.partial(add, channel=channel))(x, kernel, *total),)
+        return total[0].reshape(*total[0].shape[:3], outputs * groups)
 
     def _of_x_at_stride_2(self, x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> jax.Array:
         """Pixels by the parity of their row and column: each kind has met one, two or four of the taps."""
@@ -173,8 +154,7 @@ class Lanes(Native):
             pairs = list(itertools.product(*(met[parity] for parity in parities)))
             taps = [(slice(None), slice(y, y + rows), slice(x, x + columns)) for (_, y), (_, x) in pairs]
             part = kernel[np.array([3 * y + x for (y, _), (x, _) in pairs])]
-            of_kind = fenced(functools.partial(self._sum, taps=taps))
-            kinds.append(of_kind(gradient, part.swapaxes(1, 2)))
+            kinds.append(self._sum(gradient, part.swapaxes(1, 2), taps))
         # [B, rows, columns, C] each -> [B, rows, parity, columns, parity, C]
         whole = jnp.stack([jnp.stack(kinds[:2], axis=3), jnp.stack(kinds[2:], axis=3)], axis=2)
         return whole.reshape(batch, 2 * rows, 2 * columns, -1)[:, : x.shape[1], : x.shape[2]]
