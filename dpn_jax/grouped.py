@@ -8,8 +8,8 @@ what it measured is in docs/performance.md.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Hashable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,23 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 Array = jax.Array | np.ndarray
 T = TypeVar("T")
+
+
+class Tap(NamedTuple):
+    """Which pixels of an image are read: so many rows and columns, from the first one on, at a stride."""
+
+    y: int
+    x: int
+    rows: int
+    columns: int
+    row_stride: int = 1
+    column_stride: int = 1
+
+    def of(self, image: jax.Array) -> jax.Array:
+        """Reads them of `[B, H, W, ...]`."""
+        rows = slice(self.y, self.y + self.rows * self.row_stride, self.row_stride)
+        columns = slice(self.x, self.x + self.columns * self.column_stride, self.column_stride)
+        return image[:, rows, columns]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,19 +145,14 @@ class Lanes(Native):
             of_x = self.forward(gradient, kernel[::-1].swapaxes(1, 2), 1)
         return of_x, self._of_kernel(x, gradient, kernel.shape[-1], stride).astype(kernel.dtype)
 
-    def _sum(self, x: jax.Array, kernel: jax.Array, taps: list[tuple[slice, ...]]) -> jax.Array:
+    def _sum(self, x: jax.Array, kernel: jax.Array, taps: tuple[Tap, ...]) -> jax.Array:
         """Sums what `taps` read of `[B, H, W, I, groups]`, times a kernel `[taps, I, O, groups]`."""
         inputs, outputs, groups = kernel.shape[1:]
-
-        def add(x: jax.Array, kernel: jax.Array, *start: jax.Array, channel: int) -> jax.Array:
-            products = (x[tap][:, :, :, channel, None] * kernel[number, channel] for number, tap in enumerate(taps))
-            return functools.reduce(jnp.add, products, *start)
-
         # apart, or XLA would pad again for each product, and a loop over flat channels would not be vectorised
         x = lax.optimization_barrier(x)
         total: tuple[jax.Array, ...] = ()
         for channel in range(inputs):
-            total = (fenced(functools.partial(add, channel=channel))(x, kernel, *total),)
+            total = (fenced(_add_products, channel=channel, taps=taps)(x, kernel, *total),)
         return total[0].reshape(*total[0].shape[:3], outputs * groups)
 
     def _of_x_at_stride_2(self, x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> jax.Array:
@@ -152,7 +164,7 @@ class Lanes(Native):
         kinds = []
         for parities in itertools.product(met, repeat=2):
             pairs = list(itertools.product(*(met[parity] for parity in parities)))
-            taps = [(slice(None), slice(y, y + rows), slice(x, x + columns)) for (_, y), (_, x) in pairs]
+            taps = tuple(Tap(y, x, rows, columns) for (_, y), (_, x) in pairs)
             part = kernel[np.array([3 * y + x for (y, _), (x, _) in pairs])]
             kinds.append(self._sum(gradient, part.swapaxes(1, 2), taps))
         # [B, rows, columns, C] each -> [B, rows, parity, columns, parity, C]
@@ -172,23 +184,25 @@ class Lanes(Native):
         gradient = gradient.reshape(batch, rows, columns, 1, -1, groups).astype(dtype)
         gradient = jnp.pad(gradient, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0), (0, 0)))
 
-        def of_tap(tap: int) -> jax.Array:
-            def products(x: jax.Array, gradient: jax.Array) -> jax.Array:
-                y, first = divmod(tap, 3)
-                read = x[:, y : y + stride * rows : stride]
-                starts = (
-                    slice(first + stride * n, first + stride * (columns + more), stride * together)
-                    for n in range(together)
-                )
-                parts = (read[:, :, start] * gradient[:, :, n::together] for n, start in enumerate(starts))
-                return functools.reduce(jnp.add, parts)
-
+        step, blocks = stride * together, (columns + more) // together
+        sums = []
+        for y, first in itertools.product(range(3), repeat=2):
+            reads = tuple(Tap(y, first + stride * column, rows, blocks, stride, step) for column in range(together))
             # apart, as a loop over flat channels would not be vectorised
-            sums = fenced(products)(x, gradient)
-            axes = (0, 1, 2)
-            return lax.dot_general(jnp.ones(sums.shape[:3], dtype), sums, ((axes, axes), ((), ())), precision="highest")
+            sums.append(fenced(_sum_products, reads=reads)(x, gradient))
+        axes, ones = (0, 1, 2), jnp.ones(sums[0].shape[:3], dtype)
+        products = (lax.dot_general(ones, part, ((axes, axes), ((), ())), precision="highest") for part in sums)
+        return jnp.stack(list(products))
 
-        return jnp.stack([of_tap(tap) for tap in range(9)])
+
+def _add_products(x: jax.Array, kernel: jax.Array, *start: jax.Array, channel: int, taps: tuple[Tap, ...]) -> jax.Array:
+    products = (tap.of(x)[:, :, :, channel, None] * kernel[number, channel] for number, tap in enumerate(taps))
+    return functools.reduce(jnp.add, products, *start)
+
+
+def _sum_products(x: jax.Array, gradient: jax.Array, *, reads: tuple[Tap, ...]) -> jax.Array:
+    parts = (tap.of(x) * gradient[:, :, number :: len(reads)] for number, tap in enumerate(reads))
+    return functools.reduce(jnp.add, parts)
 
 
 def at_least_float32(dtype: np.dtype) -> np.dtype:
@@ -196,14 +210,25 @@ def at_least_float32(dtype: np.dtype) -> np.dtype:
     return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
-def fenced(function: Callable[..., T]) -> Callable[..., T]:
-    """A function whose operations XLA's CPU compiler fuses with no others: there, it is a call that is not inlined."""
+def fenced(function: Callable[..., T], **options: Hashable) -> Callable[..., T]:
+    """A function whose operations XLA's CPU compiler fuses with no others: there, it is a call that is not inlined.
+
+    Args:
+      function: of arrays and `options`. At a module's top level it is traced only once for equal shapes and options.
+      options: its keyword arguments.
+    """
+    run = _jitted(function, tuple(options.items()))
 
     def call(*arguments: jax.Array) -> T:
         with set_xla_metadata(inlineable="false"):
-            return jax.jit(function)(*arguments)
+            return run(*arguments)
 
-    return lambda *arguments: lax.platform_dependent(*arguments, cpu=call, default=function)
+    return lambda *arguments: lax.platform_dependent(*arguments, cpu=call, default=run)
+
+
+@functools.lru_cache(maxsize=4096)
+def _jitted(function: Callable[..., T], options: tuple[tuple[str, Hashable], ...]) -> Callable[..., T]:
+    return jax.jit(functools.partial(function, **dict(options)))
 
 
 def _merge(groups: int, channels: int, width: int) -> int:
@@ -218,13 +243,10 @@ def _swap(array: Array, first: int, second: int, axis: int) -> Array:
     return split.swapaxes(axis, axis + 1).reshape(array.shape)
 
 
-def _taps(height: int, width: int, stride: int, *, size: int = 3) -> list[tuple[slice, ...]]:
+def _taps(height: int, width: int, stride: int, *, size: int = 3) -> tuple[Tap, ...]:
     """What each tap of a `size` x `size` kernel reads of an image padded by `size // 2`."""
-    return [
-        (slice(None), slice(y, y + height, stride), slice(x, x + width, stride))
-        for y in range(size)
-        for x in range(size)
-    ]
+    rows, columns = (-(-length // stride) for length in (height, width))
+    return tuple(Tap(y, x, rows, columns, stride, stride) for y in range(size) for x in range(size))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -298,7 +320,7 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, groups: int = 
     if matmul:
         height, width = x.shape[1:3]
         x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-        x = jnp.concatenate([x[tap] for tap in _taps(height, width, stride, size=kernel.shape[0])], axis=-1)
+        x = jnp.concatenate([tap.of(x) for tap in _taps(height, width, stride, size=kernel.shape[0])], axis=-1)
         return (x.reshape(-1, x.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])).reshape(*x.shape[:-1], -1)
     return lax.conv_general_dilated(
         x,

@@ -238,11 +238,7 @@ def _normalise_matmul(
 def _normalise_forward(
     epsilon: float, own: bool, x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    def vectors(mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
-        root = lax.rsqrt(var + epsilon)
-        return mean, bias, scale, root, scale * root
-
-    mean, bias, scale, root, gain = fenced(vectors)(mean, var, scale, bias)
+    mean, bias, scale, root, gain = fenced(_forward_vectors, epsilon=epsilon)(mean, var, scale, bias)
     return (x - mean) * gain + bias, (x, mean, scale, root, gain)
 
 
@@ -250,22 +246,31 @@ def _normalise_backward(
     epsilon: float, own: bool, kept: tuple[jax.Array, ...], gradient: jax.Array
 ) -> tuple[jax.Array, ...]:
     x, mean, scale, root, gain = kept
-    count = x.size // x.shape[-1]
-
-    def vectors(of_bias: jax.Array, of_gain: jax.Array, scale: jax.Array, root: jax.Array) -> tuple[jax.Array, ...]:
-        of_mean = -of_bias * scale * root
-        of_var = of_gain * scale * -0.5 * root**3
-        return of_mean, of_var, of_mean / count, of_var * (2 / count), of_gain * root, of_bias
-
     centred = x - mean
     of_bias = channel_sum(gradient, matmul=True)
     of_gain = channel_sum(gradient * centred, matmul=True)
-    of_mean, of_var, constant, slope, of_scale, of_bias = fenced(vectors)(of_bias, of_gain, scale, root)
+    vectors = fenced(_backward_vectors, count=x.size // x.shape[-1])(of_bias, of_gain, scale, root)
+    of_mean, of_var, constant, slope, of_scale, of_bias = vectors
     of_x = gradient * gain
     if own:
         of_x = of_x + (constant + centred * slope)
         of_mean, of_var = jnp.zeros_like(mean), jnp.zeros_like(mean)
     return of_x, of_mean, of_var, of_scale, of_bias
+
+
+def _forward_vectors(
+    mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float
+) -> tuple[jax.Array, ...]:
+    root = lax.rsqrt(var + epsilon)
+    return mean, bias, scale, root, scale * root
+
+
+def _backward_vectors(
+    of_bias: jax.Array, of_gain: jax.Array, scale: jax.Array, root: jax.Array, *, count: int
+) -> tuple[jax.Array, ...]:
+    of_mean = -of_bias * scale * root
+    of_var = of_gain * scale * -0.5 * root**3
+    return of_mean, of_var, of_mean / count, of_var * (2 / count), of_gain * root, of_bias
 
 
 _normalise_matmul.defvjp(_normalise_forward, _normalise_backward)
@@ -360,7 +365,11 @@ def _fork_forward(x: Features) -> tuple[tuple[Features, Features], None]:
 
 
 def _fork_backward(_: None, gradients: tuple[Features, Features]) -> tuple[Features]:
-    return (fenced(lambda x, y: jax.tree.map(jnp.add, x, y))(*gradients),)
+    return (fenced(_add_trees)(*gradients),)
+
+
+def _add_trees(x: Features, y: Features) -> Features:
+    return jax.tree.map(jnp.add, x, y)
 
 
 fork.defvjp(_fork_forward, _fork_backward)
