@@ -292,7 +292,7 @@ def grouped_conv(
       `[B, H / stride, W / stride, O]`, sizes rounded up, of the dtype of `x`.
 
     Raises:
-      ValueError: the shapes do not fit.
+      ValueError: the shapes do not fit, or another stride.
 
     Example:
       >>> import jax.numpy as jnp
@@ -305,6 +305,8 @@ def grouped_conv(
     """
     if x.ndim != 4 or kernel.shape[:2] != (3, 3) or kernel.shape[2] * groups != x.shape[-1] or kernel.shape[3] % groups:
         raise ValueError(f"x {x.shape} and kernel {kernel.shape} do not fit a 3x3 convolution of {groups} groups")
+    if stride not in (1, 2):
+        raise ValueError(f"stride must be 1 or 2, got {stride}")
     x = formulation.interleave(x, groups)
     return formulation.restore(formulation.apply(x, formulation.arrange(kernel, groups), stride=stride), groups)
 

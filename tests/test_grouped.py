@@ -71,3 +71,8 @@ def test_arranging_gives_the_same_for_numpy_and_jax() -> None:
 def test_shapes_that_do_not_fit(x: tuple[int, ...], kernel: tuple[int, ...], groups: int) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         grouped_conv(jnp.zeros(x), jnp.zeros(kernel), groups=groups)
+
+
+def test_another_stride_is_refused() -> None:
+    with pytest.raises(ValueError, match="stride must be 1 or 2, got 3"):
+        grouped_conv(jnp.zeros((1, 8, 8, 12)), jnp.zeros((3, 3, 3, 12)), groups=4, stride=3)
