@@ -165,6 +165,8 @@ def fast_apply(model: DPN, images: jax.Array, *, backend: str | None = None) -> 
 def compiler_options(backend: str | None = None) -> dict[str, str]:
     """What a backend's compiler is told for `fast_forward`, and best for a training step around `fast_apply` too.
 
+    For a training step it was measured on a CPU only.
+
     Args:
       backend: as for `fast_forward`.
 

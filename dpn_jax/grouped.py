@@ -190,9 +190,7 @@ class Lanes(Native):
             reads = tuple(Tap(y, first + stride * column, rows, blocks, stride, step) for column in range(together))
             # apart, as a loop over flat channels would not be vectorised
             sums.append(fenced(_sum_products, reads=reads)(x, gradient))
-        axes, ones = (0, 1, 2), jnp.ones(sums[0].shape[:3], dtype)
-        products = (lax.dot_general(ones, part, ((axes, axes), ((), ())), precision="highest") for part in sums)
-        return jnp.stack(list(products))
+        return jnp.stack([sum_by_product(part, axes=3) for part in sums])
 
 
 def _add_products(x: jax.Array, kernel: jax.Array, *start: jax.Array, channel: int, taps: tuple[Tap, ...]) -> jax.Array:
@@ -203,6 +201,12 @@ def _add_products(x: jax.Array, kernel: jax.Array, *start: jax.Array, channel: i
 def _sum_products(x: jax.Array, gradient: jax.Array, *, reads: tuple[Tap, ...]) -> jax.Array:
     parts = (tap.of(x) * gradient[:, :, number :: len(reads)] for number, tap in enumerate(reads))
     return functools.reduce(jnp.add, parts)
+
+
+def sum_by_product(x: jax.Array, *, axes: int) -> jax.Array:
+    """Sums over the first `axes` axes, as a product with ones: XLA's CPU compiler sums columns one by one."""
+    summed = tuple(range(axes))
+    return lax.dot_general(jnp.ones(x.shape[:axes], x.dtype), x, ((summed, summed), ((), ())), precision="highest")
 
 
 def at_least_float32(dtype: np.dtype) -> np.dtype:

@@ -18,7 +18,7 @@ from jax import lax
 from dpn_jax.grouped import Lanes as Lanes
 from dpn_jax.grouped import Merged as Merged
 from dpn_jax.grouped import Native as Native
-from dpn_jax.grouped import at_least_float32, convolve, fenced
+from dpn_jax.grouped import at_least_float32, convolve, fenced, sum_by_product
 from dpn_jax.grouped import grouped_conv as grouped_conv
 
 Features = TypeVar("Features", bound=jax.Array | tuple[jax.Array, ...])
@@ -76,6 +76,7 @@ class Conv(nnx.Module):
             kernel = self.formulation.arrange(kernel, self.groups)
             y = self.formulation.apply(x.astype(self.dtype), kernel, stride=self.stride)
         elif self.matmul:
+            # one product; a sum of two would be added up again by each loop that reads it
             whole = jnp.concatenate([part.astype(self.dtype) for part in jax.tree.leaves(x)], axis=-1)
             y = convolve(whole, kernel, stride=self.stride, matmul=True)
         else:
@@ -83,7 +84,7 @@ class Conv(nnx.Module):
             y = functools.reduce(
                 jnp.add,
                 (
-                    convolve(part.astype(self.dtype), kernel_of_part, stride=self.stride, matmul=self.matmul)
+                    convolve(part.astype(self.dtype), kernel_of_part, stride=self.stride)
                     for part, kernel_of_part in zip(jax.tree.leaves(x), split_channels(kernel, x, axis=2), strict=True)
                 ),
             )
@@ -291,7 +292,7 @@ def channel_sum(x: jax.Array, *, matmul: bool = False) -> jax.Array:
     together = next(n for n in range(8, 0, -1) if height * width % n == 0)
     pixels = x.reshape(batch, -1, together, channels)
     sums = functools.reduce(jnp.add, (pixels[:, :, pixel] for pixel in range(together)))
-    return lax.dot_general(jnp.ones(sums.shape[:2], x.dtype), sums, (((0, 1), (0, 1)), ((), ())), precision="highest")
+    return sum_by_product(sums, axes=2)
 
 
 def initialise(module: nnx.Module, rngs: nnx.Rngs | None) -> None:
