@@ -109,8 +109,8 @@ class Lanes(Native):
     columns: int = 14
 
     def arrange(self, kernel: Array, groups: int) -> Array:
-        """See `Native.arrange`; `[9, I, O, groups]`."""
-        return kernel.reshape(9, kernel.shape[2], groups, -1).swapaxes(2, 3)
+        """See `Native.arrange`; `[I, 9, O, groups]`: what one loop of `apply` reads lies together."""
+        return kernel.reshape(9, kernel.shape[2], groups, -1).transpose(1, 0, 3, 2)
 
     def interleave(self, array: Array, groups: int, *, axis: int = -1) -> Array:
         """See `Native.interleave`; here `[channel of a group, group]`."""
@@ -142,12 +142,12 @@ class Lanes(Native):
         if stride == 2:
             of_x = self._of_x_at_stride_2(x, kernel, gradient)
         else:
-            of_x = self.forward(gradient, kernel[::-1].swapaxes(1, 2), 1)
+            of_x = self.forward(gradient, kernel[:, ::-1].swapaxes(0, 2), 1)
         return of_x, self._of_kernel(x, gradient, kernel.shape[-1], stride).astype(kernel.dtype)
 
     def _sum(self, x: jax.Array, kernel: jax.Array, taps: tuple[Tap, ...]) -> jax.Array:
-        """Sums what `taps` read of `[B, H, W, I, groups]`, times a kernel `[taps, I, O, groups]`."""
-        inputs, outputs, groups = kernel.shape[1:]
+        """Sums what `taps` read of `[B, H, W, I, groups]`, times a kernel `[I, taps, O, groups]`."""
+        inputs, _, outputs, groups = kernel.shape
         # apart, or XLA would pad again for each product, and a loop over flat channels would not be vectorised
         x = lax.optimization_barrier(x)
         total: tuple[jax.Array, ...] = ()
@@ -165,8 +165,8 @@ class Lanes(Native):
         for parities in itertools.product(met, repeat=2):
             pairs = list(itertools.product(*(met[parity] for parity in parities)))
             taps = tuple(Tap(y, x, rows, columns) for (_, y), (_, x) in pairs)
-            part = kernel[np.array([3 * y + x for (y, _), (x, _) in pairs])]
-            kinds.append(self._sum(gradient, part.swapaxes(1, 2), taps))
+            part = kernel[:, np.array([3 * y + x for (y, _), (x, _) in pairs])]
+            kinds.append(self._sum(gradient, part.swapaxes(0, 2), taps))
         # [B, rows, columns, C] each -> [B, rows, parity, columns, parity, C]
         whole = jnp.stack([jnp.stack(kinds[:2], axis=3), jnp.stack(kinds[2:], axis=3)], axis=2)
         return whole.reshape(batch, 2 * rows, 2 * columns, -1)[:, : x.shape[1], : x.shape[2]]
@@ -190,11 +190,11 @@ class Lanes(Native):
             reads = tuple(Tap(y, first + stride * column, rows, blocks, stride, step) for column in range(together))
             # apart, as a loop over flat channels would not be vectorised
             sums.append(fenced(_sum_products, reads=reads)(x, gradient))
-        return jnp.stack([sum_by_product(part, axes=3) for part in sums])
+        return jnp.stack([sum_by_product(part, axes=3) for part in sums], axis=1)
 
 
 def _add_products(x: jax.Array, kernel: jax.Array, *start: jax.Array, channel: int, taps: tuple[Tap, ...]) -> jax.Array:
-    products = (tap.of(x)[:, :, :, channel, None] * kernel[number, channel] for number, tap in enumerate(taps))
+    products = (tap.of(x)[:, :, :, channel, None] * kernel[channel, number] for number, tap in enumerate(taps))
     return functools.reduce(jnp.add, products, *start)
 
 
