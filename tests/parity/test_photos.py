@@ -45,7 +45,7 @@ def test_top5_of_real_photos_equals_timms(tag: str, tmp_path: Path) -> None:
 @pytest.mark.optimised
 def test_bfloat16_agrees_with_float32_on_real_photos(tmp_path: Path) -> None:
     path = reference.write(reference.randomised("dpn68b", dtype=torch.float32), tmp_path / "model.safetensors")
-    transform = dpn_jax.preprocessing("dpn68b.ra_in1k")
+    transform = dpn_jax.preprocessing("dpn68b.mx_in1k")
     images = np.stack([transform(photo) for photo in PHOTOS])
     full, half = (
         dpn_jax.Classifier.from_pretrained(path, transform=transform, dtype=dtype).logits(images).astype(np.float64)
