@@ -20,8 +20,8 @@
 # with the classifier alone or everything trained, with live or frozen norm statistics.
 #
 # `dpn-jax finetune FOLDER --model TAG --output RUN` does all this in one command, with checkpoints and exact resume;
-# here are its parts. The network is `dpn_tiny` at 32 pixels, so that a CPU is enough. Besides
-# `dpn-jax[finetune]` this needs scikit-learn and a checkout, installed with `pip install -e`.
+# here are its parts. The network is `dpn_tiny` with one block in each of three stages, at 32 pixels, so that a CPU is
+# enough. Besides `dpn-jax[finetune]` this needs scikit-learn and a checkout, installed with `pip install -e`.
 
 # %%
 import collections
@@ -42,9 +42,11 @@ from sklearn.metrics import ConfusionMatrixDisplay
 
 import dpn_jax
 from dpn_jax import finetune
+from dpn_jax.config import get_config
 from recipes import digits_folder
 
 work = Path(tempfile.mkdtemp())
+architecture = get_config("dpn_tiny").replace(depths=(1, 1, 1), dense_increments=(8, 8, 8))
 
 # %% [markdown]
 # ## Data: one folder for each class
@@ -124,7 +126,7 @@ def step(model: dpn_jax.DPN, optimizer: nnx.Optimizer, images: jax.Array, labels
 
 
 with jax.enable_x64(True):
-    model = dpn_jax.create_model("dpn_tiny", num_classes=5, dtype=jnp.float64, param_dtype=jnp.float64)
+    model = dpn_jax.create_model(architecture, num_classes=5, dtype=jnp.float64, param_dtype=jnp.float64)
     state = finetune.TrainState.create(model, finetune.make_optimizer(plain, model), plain)
 
     optimizer = nnx.Optimizer(model, optax.sgd(0.01, momentum=0.9), wrt=nnx.Param)
@@ -185,7 +187,7 @@ def fit(
 # First the network that knows 0 to 4 only, from random weights.
 
 # %%
-model = finetune.initial_model("dpn_tiny", config, low["train"].class_names, note=print)
+model = finetune.initial_model(architecture, config, low["train"].class_names, note=print)
 state, history = fit(model, low, config)
 print(f"validation accuracy on 0 to 4: {history['val accuracy'][-1]:.1%}")
 dpn_jax.save(state.model(), work / "low.safetensors")

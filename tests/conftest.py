@@ -56,16 +56,11 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield folder
 
 
-_MAPS = Path("/proc/self/maps")
-
-
 @pytest.fixture(autouse=True)
-def forget_compiled() -> Iterator[None]:
-    """Programs leave memory before there are too many: hundreds of networks run into the limit of memory maps (65,530
-    by default) and abort. Without them the next test has to trace and load anew, so they stay as long as they can.
-    """
+def forget_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No program of a slow test stays in memory: hundreds of networks run into the limit of memory maps and abort."""
     yield
-    if _MAPS.exists() and len(_MAPS.read_bytes().splitlines()) > 20_000:
+    if request.node.get_closest_marker("slow"):
         jax.clear_caches()
 
 
