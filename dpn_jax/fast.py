@@ -130,8 +130,8 @@ def fast_apply(model: DPN, images: jax.Array, *, backend: str | None = None) -> 
 
     The parameters stay as they are stored; only what runs is rearranged, inside the program, so gradients come back in
     the stored layout, and running statistics and random streams move as they do in `model(images)`. To be called under
-    `jit` (compiled or differentiated step by step it gains nothing), best with `compiler_options=compiler_options()`.
-    On a CPU it differentiates in reverse mode only.
+    `jit` (compiled or differentiated step by step it gains nothing), on a CPU best with
+    `compiler_options=compiler_options()`. There it differentiates in reverse mode only.
 
     Args:
       model: the model.
@@ -163,9 +163,9 @@ def fast_apply(model: DPN, images: jax.Array, *, backend: str | None = None) -> 
 
 
 def compiler_options(backend: str | None = None) -> dict[str, str]:
-    """What a backend's compiler is told for `fast_forward`, and best for a training step around `fast_apply` too.
+    """What a backend's compiler is told for `fast_forward`; on a CPU, best for a training step with `fast_apply` too.
 
-    For a training step it was measured on a CPU only.
+    On a TPU leave it out of a training step: the compiler takes more than three times as long.
 
     Args:
       backend: as for `fast_forward`.
