@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from benchmarks.contenders import CALLS, Dtype, Task, ours, race, timms
+from benchmarks.contenders import CALLS, Task, ours, race, timms
 from benchmarks.report import print_setting
 from dpn_jax.config import get_config
 
@@ -40,8 +40,6 @@ class Options:
     """Batch sizes."""
     tasks: tuple[Task, ...] = ("inference", "training")
     """What to time."""
-    dtype: Dtype = "bfloat16"
-    """What is computed in; parameters of a training step are float32."""
     compile_modes: tuple[str, ...] = ("default", "max-autotune")
     """Modes of torch.compile; ours is held against the best."""
     size: int = 224
@@ -66,7 +64,7 @@ def main(options: Options) -> int:
     rate, bandwidth = matmul_rate(options.probe), memory_bandwidth(options.probe)
     device = str(jax.devices()[0])
     print(f"{device}: bfloat16 matrix product {rate / 1e12:.1f} TFLOP/s, memory {bandwidth / 1e9:.0f} GB/s")
-    print(f"{options.dtype}, {options.size} pixels, {options.rounds} rounds of {CALLS} calls\n")
+    print(f"bfloat16, {options.size} pixels, {options.rounds} rounds of {CALLS} calls\n")
     print(
         f"{'model':<9}{'task':<11}{'batch':>6}  {'contender':<27}{'median ms':>10}{'images/s':>10}{'of matmul':>11}"
         f"{'of memory':>11}{'peak MB':>9}{'first call s':>14}"
@@ -86,9 +84,9 @@ def measure(
 ) -> list[dict[str, object]]:
     """One case: every contender in turn."""
     images = np.random.default_rng(0).normal(size=(batch, options.size, options.size, 3)).astype(np.float32)
-    contenders = ours(name, task, images, dtype=options.dtype)
+    contenders = ours(name, task, images, dtype="bfloat16")
     contenders |= timms(
-        name, task, images, device=options.device, dtype=options.dtype,
+        name, task, images, device=options.device, dtype="bfloat16",
         formats=("channels_last",), compile_modes=options.compile_modes,
     )  # fmt: skip
     operations = 2 * get_config(name).multiply_adds(options.size, options.size) * (3 if task == "training" else 1)

@@ -31,12 +31,14 @@ class Plan:
       matmul: 1x1 convolutions, and the stem's in training, as matrix products.
       barriers: keep what feeds a convolution from being computed again for each of its taps.
       compiler_options: for `jax.jit`, on that backend only, and only where its compiler knows them.
+      in_training: whether these options suit a training step too.
     """
 
     grouped: tuple[tuple[int, Formulation], ...]
     matmul: bool = False
     barriers: bool = False
     compiler_options: tuple[tuple[str, str], ...] = ()
+    in_training: bool = True
 
     def formulation(self, per_group: int) -> Formulation:
         """The grouped convolution's formulation for groups of so many channels."""
@@ -56,6 +58,7 @@ PLANS = {
         grouped=((32, Merged(width=16)),),
         # both products of a `reduce`, one for each path, as one fusion
         compiler_options=(("xla_tpu_enable_multi_level_output_dot_dot_fusion", "true"),),
+        in_training=False,  # a step compiles more than three times as long
     ),
     "gpu": Plan(grouped=((32, Merged(width=32)),)),
 }
@@ -130,8 +133,8 @@ def fast_apply(model: DPN, images: jax.Array, *, backend: str | None = None) -> 
 
     The parameters stay as they are stored; only what runs is rearranged, inside the program, so gradients come back in
     the stored layout, and running statistics and random streams move as they do in `model(images)`. To be called under
-    `jit` (compiled or differentiated step by step it gains nothing), on a CPU best with
-    `compiler_options=compiler_options()`. There it differentiates in reverse mode only.
+    `jit` (compiled or differentiated step by step it gains nothing), best with
+    `compiler_options=compiler_options(training=True)`. On a CPU it differentiates in reverse mode only.
 
     Args:
       model: the model.
@@ -162,13 +165,12 @@ def fast_apply(model: DPN, images: jax.Array, *, backend: str | None = None) -> 
     return outputs
 
 
-def compiler_options(backend: str | None = None) -> dict[str, str]:
-    """What a backend's compiler is told for `fast_forward`; on a CPU, best for a training step with `fast_apply` too.
-
-    On a TPU leave it out of a training step: the compiler takes more than three times as long.
+def compiler_options(backend: str | None = None, *, training: bool = False) -> dict[str, str]:
+    """What a backend's compiler is told for `fast_forward`, or best for a training step around `fast_apply`.
 
     Args:
       backend: as for `fast_forward`.
+      training: for a training step.
 
     Returns:
       Names and values for `jax.jit(compiler_options=...)`; only what the compiler knows, as they come and go with its
@@ -183,7 +185,7 @@ def compiler_options(backend: str | None = None) -> dict[str, str]:
       2
     """
     plan = _plan(backend)
-    if plan is not PLANS.get(jax.default_backend()):
+    if plan is not PLANS.get(jax.default_backend()) or (training and not plan.in_training):
         return {}
     return {name: value for name, value in plan.compiler_options if _is_known(name, value)}
 

@@ -191,10 +191,8 @@ def _program(step: Callable[..., Any], state: TrainState, **names: str | tuple[s
 
 @functools.cache
 def _jitted(step: Callable[..., Any], **names: str | tuple[str, ...]) -> Callable[..., Any]:
-    # not when this module is imported: the options depend on the backend. The TPU's makes a training step compile more
-    # than three times as long (docs/performance.md)
-    options = compiler_options() if jax.default_backend() == "cpu" else {}
-    return jax.jit(step, compiler_options=options, **names)
+    # not when this module is imported: the options depend on the backend
+    return jax.jit(step, compiler_options=compiler_options(training=True), **names)
 
 
 def _train_step(state: TrainState, batch: Batch, sharding: NamedSharding | None) -> tuple[TrainState, Metrics]:
