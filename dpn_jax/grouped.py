@@ -103,10 +103,10 @@ class Lanes(Native):
     channels costs nothing where it is folded into the kernels before and after.
 
     Args:
-      columns: most columns that one loop for the kernel's gradient adds up.
+      together: most rows and columns that one loop for the kernel's gradient adds up.
     """
 
-    columns: int = 14
+    together: tuple[int, int] = (2, 7)
 
     def arrange(self, kernel: Array, groups: int) -> Array:
         """See `Native.arrange`; `[I, 9, O, groups]`: what one loop of `apply` reads lies together."""
@@ -124,26 +124,27 @@ class Lanes(Native):
         """See `Native.apply`."""
         return _lanes(x, kernel, stride, self)
 
-    def forward(self, x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-        """The sum of shifted products."""
-        batch, height, width, _ = x.shape
-        groups = kernel.shape[-1]
-        x = jnp.pad(x.reshape(batch, height, width, -1, groups), ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0)))
-        return self._sum(x, kernel, _taps(height, width, stride))
+    def forward(self, x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, jax.Array]:
+        """The sum of shifted products, and the padded `[B, H + 2, W + 2, I, groups]` that it read."""
+        height, width = x.shape[1:3]
+        padded = _pad(_by_group(x, kernel), 1, 1)
+        return self._sum(padded, kernel, _taps(height, width, stride)), padded
 
     def backward(
-        self, x: jax.Array, kernel: jax.Array, stride: int, gradient: jax.Array
+        self, padded: jax.Array, kernel: jax.Array, stride: int, gradient: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """The gradients of `x` and of the kernel.
 
         That of `x` is the same convolution again, with the kernel turned around. That of the kernel is, for each tap, a
-        sum of products over the pixels: some columns of a row in one loop, the rest as a product with ones.
+        sum of products over the pixels: a few rows and columns in one loop, the rest as a product with ones.
         """
         if stride == 2:
-            of_x = self._of_x_at_stride_2(x, kernel, gradient)
+            border = 0
+            of_x, gradient = self._of_x_at_stride_2(padded, kernel, gradient)
         else:
-            of_x = self.forward(gradient, kernel[:, ::-1].swapaxes(0, 2), 1)
-        return of_x, self._of_kernel(x, gradient, kernel.shape[-1], stride).astype(kernel.dtype)
+            border = 1
+            of_x, gradient = self.forward(gradient, kernel[:, ::-1].swapaxes(0, 2), 1)
+        return of_x, self._of_kernel(padded, gradient, border, stride).astype(kernel.dtype)
 
     def _sum(self, x: jax.Array, kernel: jax.Array, taps: tuple[Tap, ...]) -> jax.Array:
         """Sums what `taps` read of `[B, H, W, I, groups]`, times a kernel `[I, taps, O, groups]`."""
@@ -155,11 +156,12 @@ class Lanes(Native):
             total = (fenced(_add_products, channel=channel, taps=taps)(x, kernel, *total),)
         return total[0].reshape(*total[0].shape[:3], outputs * groups)
 
-    def _of_x_at_stride_2(self, x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> jax.Array:
+    def _of_x_at_stride_2(
+        self, padded: jax.Array, kernel: jax.Array, gradient: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """Pixels by the parity of their row and column: each kind has met one, two or four of the taps."""
         batch, rows, columns, _ = gradient.shape
-        gradient = gradient.reshape(batch, rows, columns, -1, kernel.shape[-1])
-        gradient = jnp.pad(gradient, ((0, 0), (0, 1), (0, 1), (0, 0), (0, 0)))
+        gradient = _pad(_by_group(gradient, kernel), 0, 1)
         met = {0: [(1, 0)], 1: [(0, 1), (2, 0)]}  # of a parity: which row of the kernel met which row of the gradient
         kinds = []
         for parities in itertools.product(met, repeat=2):
@@ -169,28 +171,36 @@ class Lanes(Native):
             kinds.append(self._sum(gradient, part.swapaxes(0, 2), taps))
         # [B, rows, columns, C] each -> [B, rows, parity, columns, parity, C]
         whole = jnp.stack([jnp.stack(kinds[:2], axis=3), jnp.stack(kinds[2:], axis=3)], axis=2)
-        return whole.reshape(batch, 2 * rows, 2 * columns, -1)[:, : x.shape[1], : x.shape[2]]
+        whole = whole.reshape(batch, 2 * rows, 2 * columns, -1)
+        return whole[:, : padded.shape[1] - 2, : padded.shape[2] - 2], gradient
 
-    def _of_kernel(self, x: jax.Array, gradient: jax.Array, groups: int, stride: int) -> jax.Array:
-        batch, height, width, channels = x.shape
-        rows, columns = gradient.shape[1:3]
+    def _of_kernel(self, x: jax.Array, gradient: jax.Array, border: int, stride: int) -> jax.Array:
+        """`x` has a border of 1, `gradient` of `border` before it and 1 behind: as the other loops read them."""
         dtype = at_least_float32(x.dtype)
-        # zeros behind the last column, as many as `together` lacks
-        together = min(self.columns, columns)
-        more = -columns % together
-        end = 2 + stride * (columns + more - 1) - width
-        x = x.reshape(batch, height, width, channels // groups, 1, groups).astype(dtype)
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, max(end, 1)), (0, 0), (0, 0), (0, 0)))
-        gradient = gradient.reshape(batch, rows, columns, 1, -1, groups).astype(dtype)
-        gradient = jnp.pad(gradient, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0), (0, 0)))
+        sizes = [length - border - 1 for length in gradient.shape[1:3]]
+        blocks = [-(-size // most) for size, most in zip(sizes, self.together, strict=True)]
+        together = [-(-size // count) for size, count in zip(sizes, blocks, strict=True)]
+        # zeros behind the last pixel, as many as the last block lacks
+        ends = [count * size for count, size in zip(blocks, together, strict=True)]
+        gradient = _widen(gradient, *(border + end for end in ends)).astype(dtype)
+        x = _widen(x, *(stride * (end - 1) + 3 for end in ends)).astype(dtype)
 
-        step, blocks = stride * together, (columns + more) // together
+        rows, columns = together
+        pixels = list(itertools.product(range(rows), range(columns)))
+        reads = [Tap(border + y, border + x, *blocks, *together) for y, x in pixels]
+        steps = [stride * size for size in together]
         sums = []
-        for y, first in itertools.product(range(3), repeat=2):
-            reads = tuple(Tap(y, first + stride * column, rows, blocks, stride, step) for column in range(together))
-            # apart, as a loop over flat channels would not be vectorised
-            sums.append(fenced(_sum_products, reads=reads)(x, gradient))
-        return jnp.stack([sum_by_product(part, axes=3) for part in sums], axis=1)
+        for row in range(3):
+            # one loop for the three taps of a row, apart, as a loop over flat channels would not be vectorised
+            pairs = tuple(
+                tuple(
+                    (Tap(row + stride * y, column + stride * x, *blocks, *steps), read)
+                    for (y, x), read in zip(pixels, reads, strict=True)
+                )
+                for column in range(3)
+            )
+            sums.append(sum_by_product(fenced(_sum_products, pairs=pairs)(x, gradient), axes=3))
+        return jnp.concatenate(sums).swapaxes(0, 1)
 
 
 def _add_products(x: jax.Array, kernel: jax.Array, *start: jax.Array, channel: int, taps: tuple[Tap, ...]) -> jax.Array:
@@ -198,9 +208,13 @@ def _add_products(x: jax.Array, kernel: jax.Array, *start: jax.Array, channel: i
     return functools.reduce(jnp.add, products, *start)
 
 
-def _sum_products(x: jax.Array, gradient: jax.Array, *, reads: tuple[Tap, ...]) -> jax.Array:
-    parts = (tap.of(x) * gradient[:, :, number :: len(reads)] for number, tap in enumerate(reads))
-    return functools.reduce(jnp.add, parts)
+def _sum_products(x: jax.Array, gradient: jax.Array, *, pairs: tuple[tuple[tuple[Tap, Tap], ...], ...]) -> jax.Array:
+    """`[B, rows, blocks, taps, I, O, groups]`: for each tap the sum over its pairs."""
+    sums = []
+    for of_tap in pairs:
+        products = (tap.of(x)[..., :, None, :] * by.of(gradient)[..., None, :, :] for tap, by in of_tap)
+        sums.append(functools.reduce(jnp.add, products))
+    return jnp.stack(sums, axis=3)
 
 
 def sum_by_product(x: jax.Array, *, axes: int) -> jax.Array:
@@ -235,6 +249,22 @@ def _jitted(function: Callable[..., T], options: tuple[tuple[str, Hashable], ...
     return jax.jit(functools.partial(function, **dict(options)))
 
 
+def _by_group(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`[B, H, W, C]` as `[B, H, W, C / groups, groups]`, by the groups of a kernel `[I, taps, O, groups]`."""
+    return x.reshape(*x.shape[:3], -1, kernel.shape[-1])
+
+
+def _pad(x: jax.Array, before: int, behind: int) -> jax.Array:
+    """Zeros around the rows and columns of `[B, H, W, ...]`."""
+    return jnp.pad(x, [(0, 0), *[(before, behind)] * 2, *[(0, 0)] * (x.ndim - 3)])
+
+
+def _widen(x: jax.Array, rows: int, columns: int) -> jax.Array:
+    """Zeros behind the last row and column of `[B, H, W, ...]`, up to so many at least."""
+    behind = [(0, max(wanted - length, 0)) for wanted, length in zip((rows, columns), x.shape[1:3], strict=True)]
+    return jnp.pad(x, [(0, 0), *behind, *[(0, 0)] * (x.ndim - 3)])
+
+
 def _merge(groups: int, channels: int, width: int) -> int:
     """The fewest groups of `channels` each that have `width` channels together; all, where there are not enough."""
     return next((n for n in range(1, groups) if groups % n == 0 and n * channels >= width), groups)
@@ -255,13 +285,14 @@ def _taps(height: int, width: int, stride: int, *, size: int = 3) -> tuple[Tap, 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _lanes(x: jax.Array, kernel: jax.Array, stride: int, formulation: Lanes) -> jax.Array:
-    return formulation.forward(x, kernel, stride)
+    return formulation.forward(x, kernel, stride)[0]
 
 
 def _lanes_forward(
     x: jax.Array, kernel: jax.Array, stride: int, formulation: Lanes
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return formulation.forward(x, kernel, stride), (x, kernel)
+    y, padded = formulation.forward(x, kernel, stride)
+    return y, (padded, kernel)
 
 
 def _lanes_backward(
@@ -327,7 +358,8 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, groups: int = 
         height, width = x.shape[1:3]
         x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
         x = jnp.concatenate([tap.of(x) for tap in _taps(height, width, stride, size=kernel.shape[0])], axis=-1)
-        return (x.reshape(-1, x.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])).reshape(*x.shape[:-1], -1)
+        y = _product(x.reshape(-1, x.shape[-1]), kernel.reshape(-1, kernel.shape[-1]))
+        return y.reshape(*x.shape[:-1], -1)
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -336,3 +368,32 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, groups: int = 
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """`x @ matrix` of many rows, with a gradient of the matrix that runs on all cores."""
+    return x @ matrix
+
+
+def _product_forward(x: jax.Array, matrix: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ matrix, (x, matrix)
+
+
+def _product_backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, matrix = kept
+    # apart, or `x` would be computed once for the product and once more for its halves
+    return gradient @ matrix.T, fenced(_over_rows)(x, gradient)
+
+
+def _over_rows(x: jax.Array, y: jax.Array) -> jax.Array:
+    """`x.T @ y`. What is narrower comes first and, where there are many rows, in halves, one beside the other."""
+    rows, widest = len(x), max(x.shape[1], y.shape[1])
+    if x.shape[1] > y.shape[1]:
+        return _over_rows(y, x).T
+    parts = 2 if rows % 2 == 0 and rows >= 3 * widest else 1
+    x, y = (factor.reshape(parts, rows // parts, -1) for factor in (x, y))
+    return lax.dot_general(x, y, (((1,), (1,)), ((0,), (0,)))).sum(axis=0)
+
+
+_product.defvjp(_product_forward, _product_backward)
