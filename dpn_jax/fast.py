@@ -280,7 +280,7 @@ def _rearrange(model: DPN, plan: Plan, *, back: bool) -> None:
         formulation = plan.formulation(stage.bottleneck // stage.groups)
         move = formulation.restore if back else formulation.interleave
         for block in blocks:
-            block.joined = plan.barriers
+            block.forked = plan.barriers
             block.grouped.conv.formulation = formulation
             last = [block.reduce.conv.kernel]
             for norm in (block.grouped.norm, block.expand.norm):

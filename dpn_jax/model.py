@@ -124,16 +124,14 @@ class DualPathBlock(nnx.Module):
         )
         self.expand = Expand(stage, split=split_expand, rngs=rngs, **dtypes)
         self.residual_channels = stage.residual
-        self.joined = False  # `fast.fast_apply` sets what the backend runs best
+        self.forked = False  # `fast.fast_apply` sets what the backend runs best
 
-    def __call__(self, x: DualPath | jax.Array) -> DualPath | jax.Array:
-        """Maps both paths (or the stem's output) to both paths, `[B, H', W', C]` each; with `joined`, as one map."""
-        kept, x = fork(x) if self.joined else (x, x)
-        kept = kept if self.shortcut is None else self.shortcut(kept)
-        residual, dense = kept if isinstance(kept, DualPath) else split_paths(kept, self.residual_channels)
+    def __call__(self, x: DualPath | jax.Array) -> DualPath:
+        """Maps both paths (or the stem's output) to both paths, `[B, H', W', C]` each."""
+        kept, x = fork(x) if self.forked else (x, x)
+        residual, dense = kept if self.shortcut is None else split_paths(self.shortcut(kept), self.residual_channels)
         added, appended = self.expand(self.grouped(self.reduce(x)))
-        paths = DualPath(residual + added, jnp.concatenate([dense, appended], axis=-1))
-        return join_paths(paths) if self.joined else paths
+        return DualPath(residual + added, jnp.concatenate([dense, appended], axis=-1))
 
 
 class DPN(nnx.Module):
@@ -301,7 +299,7 @@ class DPN(nnx.Module):
         self.provenance = self.provenance._replace(class_names=None)
         self.classifier = nnx.data(_classifier(self.config, dtype=self.dtype, param_dtype=self.param_dtype, rngs=rngs))
 
-    def _run(self, stage: nnx.List[DualPathBlock], x: DualPath | jax.Array) -> DualPath | jax.Array:
+    def _run(self, stage: nnx.List[DualPathBlock], x: DualPath | jax.Array) -> DualPath:
         for block in stage:
             x = _call_remat(block, x) if self.remat else block(x)
         return x
@@ -373,7 +371,7 @@ def join_paths(x: DualPath | jax.Array) -> jax.Array:
 
 
 @nnx.remat
-def _call_remat(block: DualPathBlock, x: DualPath | jax.Array) -> DualPath | jax.Array:
+def _call_remat(block: DualPathBlock, x: DualPath | jax.Array) -> DualPath:
     return block(x)
 
 

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpn_jax.grouped import convolve
 from dpn_jax.layers import Lanes, Merged, Native, grouped_conv
 
 FORMULATIONS = [Merged(8), Merged(32), Merged(10**6), Merged(64, sliced=True), Lanes()]
@@ -39,6 +40,26 @@ def test_gradients_agree_and_reach_only_real_entries(formulation: Native, stride
         for ours, plain in zip(got, expected, strict=True):
             assert ours.shape == plain.shape
             np.testing.assert_allclose(ours, plain, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("height", "inputs", "outputs", "size", "stride"),
+    # many rows, whichever side is wider; an odd number of rows, and few; the stem
+    [(6, 5, 8, 1, 1), (6, 8, 5, 1, 1), (5, 8, 3, 1, 1), (2, 24, 40, 1, 1), (6, 3, 4, 7, 2)],
+)
+def test_the_product_and_its_gradients_are_the_convolutions(
+    height: int, inputs: int, outputs: int, size: int, stride: int
+) -> None:
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(0), (3, height, 7, inputs), "float64")
+        kernel = jax.random.normal(jax.random.key(1), (size, size, inputs, outputs), "float64")
+
+        def loss(x: jax.Array, kernel: jax.Array, matmul: bool) -> jax.Array:
+            return jnp.sin(convolve(x, kernel, stride=stride, matmul=matmul)).sum()
+
+        expected = jax.value_and_grad(loss, argnums=(0, 1))(x, kernel, False)
+        got = jax.value_and_grad(loss, argnums=(0, 1))(x, kernel, True)
+        jax.tree.map(lambda ours, plain: np.testing.assert_allclose(ours, plain, atol=1e-11), got, expected)
 
 
 def test_merged_kernels_are_block_diagonal() -> None:
