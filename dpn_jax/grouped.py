@@ -127,7 +127,7 @@ class Lanes(Native):
     def forward(self, x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, jax.Array]:
         """The sum of shifted products, and the padded `[B, H + 2, W + 2, I, groups]` that it read."""
         height, width = x.shape[1:3]
-        padded = _pad(_by_group(x, kernel), 1, 1)
+        padded = _pad(_by_group(x, kernel), (1, 1), (1, 1))
         return self._sum(padded, kernel, _taps(height, width, stride)), padded
 
     def backward(
@@ -139,12 +139,10 @@ class Lanes(Native):
         sum of products over the pixels: a few rows and columns in one loop, the rest as a product with ones.
         """
         if stride == 2:
-            border = 0
             of_x, gradient = self._of_x_at_stride_2(padded, kernel, gradient)
         else:
-            border = 1
             of_x, gradient = self.forward(gradient, kernel[:, ::-1].swapaxes(0, 2), 1)
-        return of_x, self._of_kernel(padded, gradient, border, stride).astype(kernel.dtype)
+        return of_x, self._of_kernel(padded, gradient, stride).astype(kernel.dtype)
 
     def _sum(self, x: jax.Array, kernel: jax.Array, taps: tuple[Tap, ...]) -> jax.Array:
         """Sums what `taps` read of `[B, H, W, I, groups]`, times a kernel `[I, taps, O, groups]`."""
@@ -161,7 +159,7 @@ class Lanes(Native):
     ) -> tuple[jax.Array, jax.Array]:
         """Pixels by the parity of their row and column: each kind has met one, two or four of the taps."""
         batch, rows, columns, _ = gradient.shape
-        gradient = _pad(_by_group(gradient, kernel), 0, 1)
+        gradient = _pad(_by_group(gradient, kernel), (0, 1), (0, 1))
         met = {0: [(1, 0)], 1: [(0, 1), (2, 0)]}  # of a parity: which row of the kernel met which row of the gradient
         kinds = []
         for parities in itertools.product(met, repeat=2):
@@ -174,33 +172,21 @@ class Lanes(Native):
         whole = whole.reshape(batch, 2 * rows, 2 * columns, -1)
         return whole[:, : padded.shape[1] - 2, : padded.shape[2] - 2], gradient
 
-    def _of_kernel(self, x: jax.Array, gradient: jax.Array, border: int, stride: int) -> jax.Array:
-        """`x` has a border of 1, `gradient` of `border` before it and 1 behind: as the other loops read them."""
+    def _of_kernel(self, x: jax.Array, gradient: jax.Array, stride: int) -> jax.Array:
+        """Both are padded, as the loops for the other two read them: `x` by 1, and the gradient by 1 behind it."""
         dtype = at_least_float32(x.dtype)
+        border = 1 if stride == 1 else 0  # before the gradient
         sizes = [length - border - 1 for length in gradient.shape[1:3]]
-        blocks = [-(-size // most) for size, most in zip(sizes, self.together, strict=True)]
-        together = [-(-size // count) for size, count in zip(sizes, blocks, strict=True)]
+        blocks = tuple(-(-size // most) for size, most in zip(sizes, self.together, strict=True))
+        together = tuple(-(-size // count) for size, count in zip(sizes, blocks, strict=True))
         # zeros behind the last pixel, as many as the last block lacks
         ends = [count * size for count, size in zip(blocks, together, strict=True)]
         gradient = _widen(gradient, *(border + end for end in ends)).astype(dtype)
         x = _widen(x, *(stride * (end - 1) + 3 for end in ends)).astype(dtype)
-
-        rows, columns = together
-        pixels = list(itertools.product(range(rows), range(columns)))
-        reads = [Tap(border + y, border + x, *blocks, *together) for y, x in pixels]
-        steps = [stride * size for size in together]
-        sums = []
-        for row in range(3):
-            # one loop for the three taps of a row, apart, as a loop over flat channels would not be vectorised
-            pairs = tuple(
-                tuple(
-                    (Tap(row + stride * y, column + stride * x, *blocks, *steps), read)
-                    for (y, x), read in zip(pixels, reads, strict=True)
-                )
-                for column in range(3)
-            )
-            sums.append(sum_by_product(fenced(_sum_products, pairs=pairs)(x, gradient), axes=3))
-        return jnp.concatenate(sums).swapaxes(0, 1)
+        options = {"blocks": blocks, "together": together, "border": border, "stride": stride}
+        # apart, as a loop over flat channels would not be vectorised
+        rows = (fenced(_sum_products, row=row, **options)(x, gradient) for row in range(3))
+        return jnp.concatenate([sum_by_product(row, axes=3) for row in rows]).swapaxes(0, 1)
 
 
 def _add_products(x: jax.Array, kernel: jax.Array, *start: jax.Array, channel: int, taps: tuple[Tap, ...]) -> jax.Array:
@@ -208,11 +194,25 @@ def _add_products(x: jax.Array, kernel: jax.Array, *start: jax.Array, channel: i
     return functools.reduce(jnp.add, products, *start)
 
 
-def _sum_products(x: jax.Array, gradient: jax.Array, *, pairs: tuple[tuple[tuple[Tap, Tap], ...], ...]) -> jax.Array:
-    """`[B, rows, blocks, taps, I, O, groups]`: for each tap the sum over its pairs."""
+def _sum_products(
+    x: jax.Array,
+    gradient: jax.Array,
+    *,
+    row: int,
+    blocks: tuple[int, int],
+    together: tuple[int, int],
+    border: int,
+    stride: int,
+) -> jax.Array:
+    """`[B, *blocks, 3, I, O, groups]`: for the three taps of a kernel's row, the sums over each block of pixels."""
+    steps = [stride * size for size in together]
     sums = []
-    for of_tap in pairs:
-        products = (tap.of(x)[..., :, None, :] * by.of(gradient)[..., None, :, :] for tap, by in of_tap)
+    for column in range(3):
+        products = (
+            Tap(row + stride * down, column + stride * right, *blocks, *steps).of(x)[..., :, None, :]
+            * Tap(border + down, border + right, *blocks, *together).of(gradient)[..., None, :, :]
+            for down, right in itertools.product(*map(range, together))
+        )
         sums.append(functools.reduce(jnp.add, products))
     return jnp.stack(sums, axis=3)
 
@@ -254,15 +254,15 @@ def _by_group(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:3], -1, kernel.shape[-1])
 
 
-def _pad(x: jax.Array, before: int, behind: int) -> jax.Array:
-    """Zeros around the rows and columns of `[B, H, W, ...]`."""
-    return jnp.pad(x, [(0, 0), *[(before, behind)] * 2, *[(0, 0)] * (x.ndim - 3)])
+def _pad(x: jax.Array, rows: tuple[int, int], columns: tuple[int, int]) -> jax.Array:
+    """Zeros before and behind the rows and the columns of `[B, H, W, ...]`."""
+    return jnp.pad(x, [(0, 0), rows, columns, *[(0, 0)] * (x.ndim - 3)])
 
 
 def _widen(x: jax.Array, rows: int, columns: int) -> jax.Array:
     """Zeros behind the last row and column of `[B, H, W, ...]`, up to so many at least."""
-    behind = [(0, max(wanted - length, 0)) for wanted, length in zip((rows, columns), x.shape[1:3], strict=True)]
-    return jnp.pad(x, [(0, 0), *behind, *[(0, 0)] * (x.ndim - 3)])
+    height, width = x.shape[1:3]
+    return _pad(x, (0, max(rows - height, 0)), (0, max(columns - width, 0)))
 
 
 def _merge(groups: int, channels: int, width: int) -> int:
@@ -356,7 +356,7 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, groups: int = 
     pad = kernel.shape[0] // 2
     if matmul:
         height, width = x.shape[1:3]
-        x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        x = _pad(x, (pad, pad), (pad, pad))
         x = jnp.concatenate([tap.of(x) for tap in _taps(height, width, stride, size=kernel.shape[0])], axis=-1)
         y = _product(x.reshape(-1, x.shape[-1]), kernel.reshape(-1, kernel.shape[-1]))
         return y.reshape(*x.shape[:-1], -1)
