@@ -3,8 +3,10 @@
 import ctypes
 import sys
 
+import jax
+
 # glibc's malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
@@ -14,12 +16,13 @@ def keep_freed_memory() -> bool:
     size mapped, zeroed page by page and unmapped each time: 227,000 page faults in a training step of DPN-68, batch 8,
     and a sixth of its time. After this call there are next to none. The process's memory stays at its peak.
 
-    Call it before JAX makes its first array, because threads that exist already keep their own memory. The `dpn-jax`
-    command does so; for a process of another program the environment does the same:
-    `GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=-1:glibc.malloc.arena_max=1`.
+    Only the main thread keeps blocks of any size, so it runs JAX's programs itself from now on: a call on the CPU
+    returns when it is done (`jax_cpu_enable_async_dispatch` is off). Other devices are not touched.
+
+    Call it before JAX makes its first array; the `dpn-jax` command does so.
 
     Returns:
-      Whether the C library has agreed; False where it is not glibc.
+      Whether the C library has agreed; False where it is not glibc, and nothing is changed.
 
     Example:
       >>> import dpn_jax
@@ -32,6 +35,5 @@ def keep_freed_memory() -> bool:
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):  # musl has neither this nor mallopt
         return False
-    # one arena: large requests of another arena's thread are mapped whatever the limit of mappings is
-    choices = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1))
-    return all(library.mallopt(parameter, value) for parameter, value in choices)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    return all(library.mallopt(parameter, value) for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)))
