@@ -233,6 +233,9 @@ def fenced(function: Callable[..., T], **options: Hashable) -> Callable[..., T]:
 
     Args:
       function: of arrays and `options`. At a module's top level it is traced only once for equal shapes and options.
+        It must not sum over the batch, which may be split over devices: XLA keeps collectives in order within one
+        computation only. Those in a call meet the others in another order on each device, and wait for ever or, between
+        processes, get each other's numbers.
       options: its keyword arguments.
     """
     run = _jitted(function, tuple(options.items()))
@@ -242,6 +245,14 @@ def fenced(function: Callable[..., T], **options: Hashable) -> Callable[..., T]:
             return run(*arguments)
 
     return lambda *arguments: lax.platform_dependent(*arguments, cpu=call, default=run)
+
+
+def _one_cpu_device() -> bool:
+    """Whether no array on a CPU can be split over devices, so that a call may sum over the batch (see `fenced`)."""
+    try:
+        return jax.device_count("cpu") == 1
+    except RuntimeError:  # JAX was told to leave the CPU out
+        return True
 
 
 @functools.lru_cache(maxsize=4096)
@@ -383,7 +394,8 @@ def _product_forward(x: jax.Array, matrix: jax.Array) -> tuple[jax.Array, tuple[
 def _product_backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, matrix = kept
     # apart, or `x` would be computed once for the product and once more for its halves
-    return gradient @ matrix.T, fenced(_over_rows)(x, gradient)
+    over_rows = fenced(_over_rows) if _one_cpu_device() else _over_rows
+    return gradient @ matrix.T, over_rows(x, gradient)
 
 
 def _over_rows(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """A short training, to be run on several devices or by several processes: `python -m tests.data_parallel`."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -62,6 +63,17 @@ def train(mesh: Mesh | None = None, *, index: int = 0, count: int = 1) -> dict[s
     return {name: np.asarray(value) for name, value in seen.items()}
 
 
+def collectives(mesh: Mesh) -> tuple[int, int]:
+    """How many collectives a compiled step has in its main computation, and how many in computations that it calls."""
+    model = create_model(TINY)
+    state = replicate(TrainState.create(model, make_optimizer(CONFIG, model, steps=4), CONFIG), mesh)
+    batch = shard_batch(_part(0, 0, jax.process_count()), mesh)
+    text = jax.jit(train_step).lower(state, batch).compile().as_text()
+    called, main = text.split("\nENTRY ")
+    counts = [len(re.findall(r" (?:all|reduce|collective)-[a-z-]+\(", part)) for part in (main, called)]
+    return counts[0], counts[1]
+
+
 def _part(number: int, index: int, count: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(number)
     images = rng.integers(0, 256, (BATCH, 32, 32, 3), dtype=np.uint8)
@@ -77,7 +89,9 @@ def main(output: Path, index: int, count: int, coordinator: str) -> None:
     """One of `count` processes; `output` gets what it saw."""
     if count > 1:
         jax.distributed.initialize(coordinator, num_processes=count, process_id=index)
-    np.savez(output, devices=jax.device_count(), **train(data_mesh(), index=index, count=count))
+    mesh = data_mesh()
+    seen = train(mesh, index=index, count=count)
+    np.savez(output, devices=jax.device_count(), collectives=collectives(mesh), **seen)
 
 
 if __name__ == "__main__":

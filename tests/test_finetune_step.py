@@ -376,7 +376,11 @@ def test_many_devices_and_processes_are_one_device(tmp_path: Path, processes: in
             process.wait()
     for output in outputs:
         with np.load(output) as saved:
-            compare(dict(saved), processes * devices)
+            seen = dict(saved)
+            # those in a call are in no order with the others: a step of DPN-68 at 224 pixels then waits for ever
+            main, called = seen.pop("collectives")
+            assert main > 20 and called == 0
+            compare(seen, processes * devices)
 
 
 @pytest.mark.slow
