@@ -46,9 +46,7 @@ def train(mesh: Mesh | None = None, *, index: int = 0, count: int = 1) -> dict[s
     Returns:
       Every array of the state, and the metrics.
     """
-    model = create_model(TINY)
-    state = TrainState.create(model, make_optimizer(CONFIG, model, steps=4), CONFIG)
-    state = state if mesh is None else replicate(state, mesh)
+    state = _start() if mesh is None else replicate(_start(), mesh)
     seen = {}
     for number in range(3):
         part = _part(number, index, count)
@@ -65,13 +63,16 @@ def train(mesh: Mesh | None = None, *, index: int = 0, count: int = 1) -> dict[s
 
 def collectives(mesh: Mesh) -> tuple[int, int]:
     """How many collectives a compiled step has in its main computation, and how many in computations that it calls."""
-    model = create_model(TINY)
-    state = replicate(TrainState.create(model, make_optimizer(CONFIG, model, steps=4), CONFIG), mesh)
     batch = shard_batch(_part(0, 0, jax.process_count()), mesh)
-    text = jax.jit(train_step).lower(state, batch).compile().as_text()
+    text = jax.jit(train_step).lower(replicate(_start(), mesh), batch).compile().as_text()
     called, main = text.split("\nENTRY ")
     counts = [len(re.findall(r" (?:all|reduce|collective)-[a-z-]+\(", part)) for part in (main, called)]
     return counts[0], counts[1]
+
+
+def _start() -> TrainState:
+    model = create_model(TINY)
+    return TrainState.create(model, make_optimizer(CONFIG, model, steps=4), CONFIG)
 
 
 def _part(number: int, index: int, count: int) -> dict[str, np.ndarray]:

@@ -15,9 +15,9 @@ Tree = TypeVar("Tree")
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with one axis, `data`.
 
-    Processes on CPUs had better meet before their first step, as those of `dpn-jax finetune` do
-    (`jax.experimental.multihost_utils.sync_global_devices`): at their first contact one that still compiles is waited
-    for 30 s and no longer.
+    Processes on CPUs had better meet before their first step (`jax.experimental.multihost_utils.sync_global_devices`):
+    at their first contact one that still compiles is waited for 30 s and no longer. Those of `dpn-jax finetune` have
+    met by then.
 
     Args:
       devices: left out, all of them, those of other hosts included (`jax.distributed.initialize` comes first).
