@@ -16,7 +16,7 @@ import tyro
 from benchmarks.report import print_setting
 from convert.verify import compare
 from dpn_jax.config import default_preprocessing, get_config
-from dpn_jax.preprocess import Transform
+from dpn_jax.images.transform import Transform
 from tests.parity import reference
 from tests.parity.photos import PHOTOS
 

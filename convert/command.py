@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
-from dpn_jax.cli import guarded
+from dpn_jax.cli.main import guarded
 
 
 def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None) -> int:
@@ -15,6 +15,6 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
       arguments: the words of the command line; those of this process when left out.
 
     Returns:
-      The exit code, as `dpn_jax.cli.main`.
+      The exit code, as `dpn_jax.cli.main.main`.
     """
     return guarded(lambda: tyro.cli(main, args=arguments) or 0)

@@ -12,8 +12,8 @@ import tyro
 
 from convert.command import run
 from convert.timm_import import create_timm_model
-from dpn_jax.checkpoint import convert
-from dpn_jax.weights import CheckpointError
+from dpn_jax.checkpoint.load import convert
+from dpn_jax.checkpoint.names import CheckpointError
 
 
 def main(

@@ -13,7 +13,7 @@ import tyro
 
 from convert.command import run
 from convert.timm_import import import_timm
-from dpn_jax.checkpoint import convert
+from dpn_jax.checkpoint.load import convert
 
 
 def main(

@@ -18,9 +18,9 @@ from flax import nnx
 import dpn_jax
 from convert.command import run
 from convert.timm_import import create_timm_model
-from dpn_jax.checkpoint import convert, open_checkpoint
+from dpn_jax.checkpoint.load import convert, open_checkpoint
 from dpn_jax.config import default_preprocessing, variant_of
-from dpn_jax.preprocess import Transform
+from dpn_jax.images.transform import Transform
 
 BOUNDS = {"float64": 1e-10, "float32": 1e-5}
 

@@ -15,11 +15,11 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from dpn_jax.grouped import Lanes as Lanes
-from dpn_jax.grouped import Merged as Merged
-from dpn_jax.grouped import Native as Native
-from dpn_jax.grouped import at_least_float32, convolve, fenced, sum_by_product
-from dpn_jax.grouped import grouped_conv as grouped_conv
+from dpn_jax.fast.grouped import Lanes as Lanes
+from dpn_jax.fast.grouped import Merged as Merged
+from dpn_jax.fast.grouped import Native as Native
+from dpn_jax.fast.grouped import at_least_float32, convolve, fenced, sum_by_product
+from dpn_jax.fast.grouped import grouped_conv as grouped_conv
 
 Features = TypeVar("Features", bound=jax.Array | tuple[jax.Array, ...])
 """A feature map `[B, H, W, C]`, or a tuple of parts whose channels add up to C."""

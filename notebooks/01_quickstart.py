@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 import dpn_jax
-from dpn_jax.checkpoint import convert
+from dpn_jax.checkpoint.load import convert
 
 ONLINE = False
 TAG = "dpn68b.ra_in1k"

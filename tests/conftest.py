@@ -12,7 +12,7 @@ import torch
 from jax.experimental.compilation_cache import compilation_cache
 
 from convert.timm_import import import_timm
-from tests.checkpoints import save_timm, timm_dpn
+from tests.support.checkpoints import save_timm, timm_dpn
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from dpn_jax import config
-from dpn_jax.weights import table
+from dpn_jax.checkpoint.names import table
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import pytest
 from flax import nnx
 
 import dpn_jax
+from dpn_jax.checkpoint.names import table
 from dpn_jax.config import DPNConfig
 from dpn_jax.model import DualPath
-from dpn_jax.weights import table
 
 TINY = DPNConfig(
     depths=(2, 1, 1), dense_increments=(4, 4, 8), bottleneck_width=8, groups=4, residual_width=16, stem_features=6,

@@ -30,11 +30,10 @@ def test_an_installed_wheel_classifies_and_converts(tiny_timm_file: Path, tmp_pa
     assert Path(where.strip()).parent == site / "dpn_jax"
     assert {path.name for path in (site / "dpn_jax").iterdir()} >= {
         "py.typed",
-        "imagenet1k.txt",
-        "cli.py",
-        "commands",
+        "cli",
         "finetune",
     }
+    assert (site / "dpn_jax" / "images" / "imagenet1k.txt").is_file()
     assert not (site / "tests").exists() and not (site / "convert").exists()
 
     command = site / "bin" / "dpn-jax"

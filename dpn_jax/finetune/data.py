@@ -17,11 +17,11 @@ from PIL import Image
 from dpn_jax.config import Preprocessing
 from dpn_jax.finetune.augment import color_jitter, rand_augment, random_crop
 from dpn_jax.finetune.config import FinetuneConfig
-from dpn_jax.finetune.folders import ImageFolder as ImageFolder
-from dpn_jax.finetune.folders import image_folder as image_folder
 from dpn_jax.finetune.workers import DataError as DataError
 from dpn_jax.finetune.workers import prefetched, refuse_in_starting_worker
-from dpn_jax.preprocess import ImageError, Transform, read_image
+from dpn_jax.images.folders import ImageFolder as ImageFolder
+from dpn_jax.images.folders import image_folder as image_folder
+from dpn_jax.images.transform import ImageError, Transform, read_image
 
 Batch = dict[str, np.ndarray]
 State = dict[str, int | str]

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from flax import nnx
 
-from dpn_jax.checkpoint import from_pretrained
+from dpn_jax.checkpoint.load import from_pretrained
 from dpn_jax.config import PRETRAINED, VARIANTS, DPNConfig, default_preprocessing, variant_of
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.model import DPN, Provenance, create_model

@@ -1,245 +1,292 @@
-"""Fine-tuning from a folder of class folders to a file of weights."""
+"""The training loop: steps, measurements, validation, checkpoints, and going on from one."""
 
 import contextlib
-import functools
-import importlib.util
-import logging
-import os
+import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Self
 
 import jax
+import numpy as np
+import tqdm
 from jax.sharding import Mesh
 
-from dpn_jax.checkpoint import save
-from dpn_jax.config import DPNConfig
-from dpn_jax.finetune.checkpoints import RunError
+from dpn_jax.finetune.checkpoints import Checkpoints, RunError, Saved
 from dpn_jax.finetune.config import FinetuneConfig
-from dpn_jax.finetune.data import BatchIterator, batches, find_broken
-from dpn_jax.finetune.folders import ImageFolder, image_folder
-from dpn_jax.finetune.hosts import is_first, on_first
-from dpn_jax.finetune.initial import initial_model
-from dpn_jax.finetune.interrupt import catch_interruption
-from dpn_jax.finetune.measure import Row
-from dpn_jax.finetune.optimizer import make_optimizer
-from dpn_jax.finetune.record import RECORD, Record, begin, check_same, read_record
-from dpn_jax.finetune.report import CURVES, METRICS, plot_curves, read_metrics
-from dpn_jax.finetune.sharding import data_mesh, replicate
-from dpn_jax.finetune.step import TrainState
-from dpn_jax.finetune.training import Training
-from dpn_jax.model import DPN
+from dpn_jax.finetune.data import BatchIterator, DataError
+from dpn_jax.finetune.interrupt import Interruption
+from dpn_jax.finetune.metrics import DivergedError, Row, Window, quality, validate
+from dpn_jax.finetune.multihost import any_of, is_first, on_first, share_arrays
+from dpn_jax.finetune.report import Log
+from dpn_jax.finetune.sharding import replicate, shard_batch
+from dpn_jax.finetune.step import TrainState, train_step
 
-WEIGHTS = "model.safetensors"
-
-logger = logging.getLogger("dpn_jax")
+CHECKPOINTS = "checkpoints"
+_LOGS_PER_EPOCH = 20
+_STEPS_PER_LOG = 50
 
 
-class Images(NamedTuple):
-    """The two splits."""
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """When what is done, in batches."""
 
-    train: ImageFolder
-    val: ImageFolder
+    per_epoch: int
+    total: int
+    log_every: int
+    save_every: int
+
+    @classmethod
+    def of(cls, config: FinetuneConfig, per_epoch: int) -> Self:
+        """The plan for epochs of so many batches."""
+        log_every = min(max(per_epoch // _LOGS_PER_EPOCH, 1), _STEPS_PER_LOG)
+        save_every = per_epoch if config.checkpoint_every is None else config.checkpoint_every * config.accumulate
+        return cls(per_epoch, config.epochs * per_epoch, log_every, save_every)
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether an epoch is over after `step` batches."""
+        return step > 0 and step % self.per_epoch == 0
 
 
-class Finetuned(NamedTuple):
-    """What came of a run."""
+class Training:
+    """A run in progress.
 
-    output: Path
-    """The run's folder."""
-    weights: Path | None
-    """The file of weights; None where the run was interrupted."""
-    step: int
-    """Batches seen."""
-    steps: int
-    """Batches to see."""
-    best: Row | None
-    """The best validation: `step`, `epoch`, `loss`, `accuracy`, `accuracy5`."""
-
-
-def finetune(
-    folder: str | Path,
-    output: str | Path,
-    config: FinetuneConfig | None = None,
-    *,
-    source: str | Path | DPNConfig,
-    model: str | None = None,
-    revision: str | None = None,
-    resume: bool = False,
-    progress: bool = True,
-    note: Callable[[str], None] = logger.info,
-) -> Finetuned:
-    """Trains a model on a folder of class folders: what `dpn-jax finetune` does.
-
-    The run's folder gets `config.json`, `metrics.jsonl`, TensorBoard's events, checkpoints and, in the end,
-    `model.safetensors` (the state with the best validation accuracy; its moving average where `config.ema_decay` is
-    set) and `curves.png`. SIGTERM and Ctrl-C stop the run where it can be resumed. On CPU a resumed run ends with the
-    same bits as one that was not interrupted.
+    A checkpoint at the end of an epoch is written before the validation, which a resumed run makes again: so every
+    checkpoint tells the same, and a signal during a long validation loses nothing.
 
     Args:
-      folder: `train/<class>/*` and `val/<class>/*`, or `<class>/*`, see `image_folder`.
-      output: the run's folder; new, or empty, unless `resume` is set.
-      config: the choices; left out, those of the run that is resumed, or the defaults.
-      source: a tag, hub id or file whose weights to start from; or a variant ('dpn68b') or an architecture to start
-        from random weights.
-      model, revision: as for `from_pretrained`.
-      resume: go on from the newest checkpoint in `output`.
-      progress: show a progress bar, where stderr is a terminal.
-      note: told what there is to tell, in lines.
-
-    Returns:
-      Where the result is, and how good.
-
-    Raises:
-      RunError: `output` exists, or cannot be resumed, or written; training diverged (`DivergedError`).
-      DataError: the images cannot be trained on.
-      CheckpointError, ValueError: the model cannot be loaded, or does not fit the choices.
-
-    Example:
-      Digits from scratch, on any machine::
-
-        run = finetune("digits", "run", FinetuneConfig(epochs=5, image_size=32), source="dpn68b")
-        classifier = dpn_jax.Classifier.from_pretrained(run.weights)
+      output: the run's folder.
+      config: the choices.
+      state: where to begin, on every device of `mesh`.
+      mesh: the devices.
+      train, val: the data; `val` goes over all images once for every epoch.
+      interruption: asks the run to stop.
+      note: told what there is to tell.
     """
-    _check_installed()
-    folder, output = Path(folder), Path(output)
-    if config is None:
-        config = _saved_config(output) if resume else FinetuneConfig()
-    say = note if is_first() else logger.debug
-    with contextlib.ExitStack() as stack:
-        interruption = stack.enter_context(catch_interruption())
-        images = _images(folder, config)
-        start = initial_model(source, config, images.train.class_names, model=model, revision=revision, note=say)
-        broken = on_first(lambda: _broken(folder, output, images, config, start, resume=resume))
-        if broken:
-            images = Images(*(split.without([str(folder.absolute() / file) for file in broken]) for split in images))
-            for reason in broken.values():
-                say(f"left out: {reason}")
-            say(f"{len(broken)} images cannot be read and are left out; {output / RECORD} lists them")
-        mesh = data_mesh()
-        train, val = _batches(images, config, start, mesh)
-        state = replicate(_initial_state(config, start, train), mesh)
-        on_first(lambda: _open(output, _record(config, start, train, val, images, broken), resume=resume))
-        training = Training(output, config, state, mesh, train, val, interruption, say)
-        stack.callback(training.close)
-        stack.enter_context(_explained(training))
-        say(
-            f"{len(images.train)} images of {len(images.train.class_names)} classes to train on, {len(images.val)} to "
-            f"validate with; {training.plan.total} steps on {mesh.size} {'device' if mesh.size == 1 else 'devices'}"
+
+    def __init__(
+        self,
+        output: Path,
+        config: FinetuneConfig,
+        state: TrainState,
+        mesh: Mesh,
+        train: BatchIterator,
+        val: BatchIterator,
+        interruption: Interruption,
+        note: Callable[[str], None],
+    ) -> None:
+        self.output = output
+        self.config = config
+        self.state = state
+        self.plan = Plan.of(config, train.per_epoch)
+        self.step = 0
+        self.saved: int | None = None
+        """The step of the newest checkpoint."""
+        self.best: Row | None = None
+        """The validation with the highest accuracy, of equal ones the lowest loss."""
+        self._mesh = mesh
+        self._train = train
+        self._val = val
+        self._interruption = interruption
+        self._note = note
+        self._window = Window()
+        self._since = time.monotonic()
+        self._checkpoints: Checkpoints | None = None
+        if is_first():
+            self._checkpoints = Checkpoints(output / CHECKPOINTS, keep=config.keep)
+
+    def restore(self) -> bool:
+        """Goes to where the newest checkpoint was written.
+
+        Returns:
+          False where there is none.
+
+        Raises:
+          RunError: there are some and none can be used.
+        """
+        saved: Saved | None = None
+
+        def read() -> dict[str, Any] | None:
+            nonlocal saved
+            saved = self._checkpoints.newest(self.state)
+            return saved and {"step": saved.step, "notes": saved.notes}
+
+        found = on_first(read)
+        if found is None:
+            return False
+        self._put(saved.state if saved else None)
+        self.step = self.saved = found["step"]
+        self.best, self._window.sums = found["notes"]["best"], found["notes"]["window"]
+        self._train.set_state(found["notes"]["iterator"])
+        return True
+
+    def run(self, *, progress: bool) -> bool:
+        """Trains until the end, or until it is asked to stop, and saves.
+
+        Args:
+          progress: show a bar, where stderr is a terminal.
+
+        Returns:
+          Whether it came to the end.
+
+        Raises:
+          RunError: a checkpoint cannot be written, or training has diverged.
+          DataError: an image cannot be read.
+        """
+        log = _log(self.output, self.step)
+        with contextlib.closing(log) if log else contextlib.nullcontext(), self._bar(progress) as bar:
+            try:
+                return self._run(log, bar)
+            except DivergedError as error:
+                good = "no checkpoint was written" if self.saved is None else f"checkpoint {self.saved} is kept"
+                raise DivergedError(
+                    f"{self.output}: training has diverged: {error}; {good}; "
+                    "begin again with a lower --learning-rate, or --clip-norm 1, and another --output"
+                ) from error
+
+    def best_state(self) -> tuple[TrainState, int]:
+        """The state of the best validation, and its step; the current one where that cannot be read any more."""
+        if self.best is None or self.best["step"] == self.step:
+            return self.state, self.step
+        saved: Saved | None = None
+
+        def read() -> str | None:
+            nonlocal saved
+            try:
+                saved = self._checkpoints.load(self.best["step"], self.state)
+            except RunError as error:
+                return str(error)
+            return None
+
+        if problem := on_first(read):
+            self._note(f"{problem}; the last state is taken instead of the best")
+            return self.state, self.step
+        self._put(saved.state if saved else None)
+        return self.state, self.best["step"]
+
+    def close(self) -> None:
+        """Ends the workers and lets go of the checkpoints."""
+        self._train.close()
+        self._val.close()
+        if self._checkpoints:
+            self._checkpoints.close()
+
+    def _run(self, log: Log | None, bar: tqdm.tqdm) -> bool:
+        while True:
+            if self.plan.ends_epoch(self.step) and not self._validate(log):
+                return False
+            if self.step == self.plan.total:
+                return True
+            if self._asked_to_stop() or not self._advance(bar):
+                self._save()
+                return False
+            ended = self.plan.ends_epoch(self.step)
+            if ended or self.step % self.plan.log_every == 0:
+                self._report(log, bar)
+            if ended or self.step % self.plan.save_every == 0:
+                self._save()
+
+    def _advance(self, bar: tqdm.tqdm) -> bool:
+        """Starts one step; False where a worker died of the signal that asks this process to stop."""
+        try:
+            batch = next(self._train)
+        except DataError:
+            if self._interruption.wanted:
+                return False
+            raise
+        self.state, metrics = train_step(self.state, shard_batch(batch, self._mesh))
+        self.step += 1
+        self._window.add(self.step, metrics)
+        bar.update(self.config.batch_size)
+        return True
+
+    def _report(self, log: Log | None, bar: tqdm.tqdm) -> None:
+        """Writes a line on the steps since the last one."""
+        self._window.fetch()
+        images = self._window.sums["count"]
+        row = self._row("train", self._window.means())
+        now = time.monotonic()
+        rate, self._since = images / (now - self._since), now
+        bar.set_postfix({"epoch": f"{row['epoch']:.1f}", "loss": row["loss"], "accuracy": f"{row['accuracy']:.1%}"})
+        if log:
+            log.write(row, images_per_second=rate)
+
+    def _validate(self, log: Log | None) -> bool:
+        """Goes over the validation images; False where it was asked to stop meanwhile."""
+        batches = (shard_batch(next(self._val), self._mesh) for _ in range(self._val.per_epoch))
+        alone = jax.process_count() == 1  # of several hosts, none may leave the others behind
+        try:
+            means = validate(
+                self.state,
+                batches,
+                ema=self.config.ema_decay is not None,
+                stop=lambda: alone and self._interruption.wanted is not None,
+            )
+        except DataError:
+            if self._interruption.wanted:  # the worker died of it
+                return False
+            raise
+        if means is None:
+            return False
+        row = self._row("val", means)
+        if self.best is None or quality(row) > quality(self.best):
+            self.best = row
+        if log:
+            log.write(row)
+        self._note(
+            f"epoch {row['epoch']:.0f} of {self.config.epochs}: validation loss {row['loss']:.4f}, "
+            f"accuracy {row['accuracy']:.2%}{', the best so far' if self.best is row else ''}"
         )
-        if resume:
-            found = training.restore()
-            say(f"going on from step {training.step}" if found else "no checkpoint yet: beginning again")
-        if not training.run(progress=progress):
-            say(f"stopped after step {training.step} of {training.plan.total}; checkpoint {training.saved} is saved")
-            return Finetuned(output, None, training.step, training.plan.total, training.best)
-        on_first(lambda: plot_curves(read_metrics(output / METRICS), output / CURVES))
-        best, step = training.best_state()
-        ema = config.ema_decay is not None
-        on_first(lambda: save(best.model(ema=ema), output / WEIGHTS, overwrite=True))
-        say(f"{output / WEIGHTS}: the {'moving average of the ' if ema else ''}weights after step {step}")
-        return Finetuned(output, output / WEIGHTS, training.step, training.plan.total, training.best)
+        self._since = time.monotonic()
+        return True
+
+    def _row(self, split: str, means: dict[str, float]) -> Row:
+        return {"split": split, "step": self.step, "epoch": self.step / self.plan.per_epoch, **means}
+
+    def _save(self) -> None:
+        """Writes a checkpoint of this step, unless there is one."""
+        if self.saved == self.step:
+            return
+        self._window.fetch()
+        notes = {"iterator": self._train.get_state(), "window": self._window.sums, "best": self.best}
+        best = self.best and self.best["step"]
+
+        def write() -> None:
+            state = jax.device_get(self.state)
+            if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
+                raise DivergedError(f"a parameter is not finite after step {self.step}")
+            self._checkpoints.save(self.step, state, notes, best=best)
+
+        on_first(write)
+        self.saved = self.step
+        self._since = time.monotonic()
+
+    def _asked_to_stop(self) -> bool:
+        if jax.process_count() == 1:
+            return self._interruption.wanted is not None
+        # all have to stop at one step, and asking the others takes time
+        return self.step % self.plan.log_every == 0 and any_of(self._interruption.wanted is not None)
+
+    def _put(self, arrays: TrainState | None) -> None:
+        """Takes the state that process 0 has read."""
+        if arrays is None:
+            arrays = jax.device_get(self.state)  # of the right shapes
+        self.state = replicate(share_arrays(arrays), self._mesh)
+
+    @contextlib.contextmanager
+    def _bar(self, wanted: bool) -> Iterator[tqdm.tqdm]:
+        with tqdm.tqdm(
+            total=self.plan.total * self.config.batch_size,
+            initial=self.step * self.config.batch_size,
+            unit="image",
+            unit_scale=True,
+            disable=None if wanted and is_first() else True,
+        ) as bar:
+            yield bar
 
 
-def _check_installed() -> None:
-    missing = [name for name in ("grain", "orbax", "tensorboardX", "matplotlib") if not importlib.util.find_spec(name)]
-    if missing:
-        raise RunError(f'fine-tuning needs {", ".join(missing)}: pip install "dpn-jax[finetune]"')
-
-
-def _saved_config(output: Path) -> FinetuneConfig:
-    try:
-        return FinetuneConfig(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in read_record(output)["config"].items()
-            }
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{output / RECORD}: damaged, or written by another dpn_jax ({error})") from error
-
-
-def _images(folder: Path, config: FinetuneConfig) -> Images:
-    read = functools.partial(image_folder, folder, val_fraction=config.val_fraction, seed=config.seed)
-    return Images(read(split="train"), read(split="val"))
-
-
-def _broken(
-    folder: Path, output: Path, images: Images, config: FinetuneConfig, model: DPN, *, resume: bool
-) -> dict[str, str]:
-    """The images that cannot be read, by their path in the folder; a resumed run leaves out the same."""
-    if not config.skip_broken:
-        return {}
-    if resume:
-        return read_record(output)["images"]["broken"]
-    found: dict[str, str] = {}
-    for split in images:
-        found |= find_broken(split, config, model.provenance.preprocessing)
-    return {os.path.relpath(file, folder.absolute()): reason for file, reason in found.items()}
-
-
-def _batches(images: Images, config: FinetuneConfig, model: DPN, mesh: Mesh) -> tuple[BatchIterator, BatchIterator]:
-    if config.batch_size % mesh.size:
-        raise RunError(f"batch_size must be a multiple of the {mesh.size} devices, got {config.batch_size}")
-    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    preprocessing = model.provenance.preprocessing
-    # both for all epochs, so that their workers start but once
-    return (
-        batches(images.train, config, preprocessing, train=True, epochs=config.epochs, **hosts),
-        batches(images.val, config, preprocessing, train=False, epochs=config.epochs, **hosts),
-    )
-
-
-def _initial_state(config: FinetuneConfig, model: DPN, train: BatchIterator) -> TrainState:
-    updates = max(config.epochs * train.per_epoch // config.accumulate, 1)
-    tx = make_optimizer(config, model, steps=updates, steps_per_epoch=train.per_epoch / config.accumulate)
-    return TrainState.create(model, tx, config)
-
-
-def _record(
-    config: FinetuneConfig,
-    model: DPN,
-    train: BatchIterator,
-    val: BatchIterator,
-    images: Images,
-    broken: dict[str, str],
-) -> Record:
-    return Record(
-        config=config,
-        source=model.provenance.source,
-        architecture=model.config,
-        preprocessing=model.provenance.preprocessing,
-        class_names=images.train.class_names,
-        images={
-            "train": [len(images.train), train.get_state()["data"]],
-            "val": [len(images.val), val.get_state()["data"]],
-            "broken": broken,
-        },
-    )
-
-
-def _open(output: Path, record: Record, *, resume: bool) -> None:
-    if resume:
-        check_same(output, record)
-    else:
-        begin(output, record)
-
-
-@contextlib.contextmanager
-def _explained(training: Training) -> Iterator[None]:
-    """Gives what the disk and the devices complain of in one line."""
-    try:
-        yield
-    except OSError as error:
-        place = error.filename or training.output
-        raise RunError(
-            f"{place}: {error.strerror or error} at step {training.step}; mend that and go on with --resume"
-        ) from error
-    except jax.errors.JaxRuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        hint = (
-            "lower --batch-size (and raise --accumulate), or try --remat"
-            if "RESOURCE_EXHAUSTED" in reason
-            else ("go on with --resume")
-        )
-        raise RunError(f"{training.output}: step {training.step} failed ({reason}); {hint}") from error
+def _log(output: Path, step: int) -> Log | None:
+    """A log in process 0, None in the others."""
+    made: list[Log] = []
+    on_first(lambda: made.append(Log(output, step=step)))
+    return made[0] if made else None

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dpn_jax.finetune.measure import Row
+from dpn_jax.finetune.metrics import Row
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"

@@ -14,9 +14,9 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from dpn_jax.config import DPNConfig, Preprocessing, default_preprocessing
-from dpn_jax.fast import compiler_options, fast_apply
+from dpn_jax.fast.forward import compiler_options, fast_apply
 from dpn_jax.finetune.config import FinetuneConfig
-from dpn_jax.finetune.mix import mix
+from dpn_jax.finetune.mixup import mix
 from dpn_jax.finetune.parameters import frozen_norms, trainable
 from dpn_jax.model import DPN
 

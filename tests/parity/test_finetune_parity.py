@@ -12,11 +12,11 @@ from flax import nnx
 from jax.tree_util import KeyPath
 
 import dpn_jax
+from dpn_jax.checkpoint.names import table, to_flax
 from dpn_jax.finetune import FinetuneConfig, TrainState, make_optimizer, train_step
 from dpn_jax.finetune.parameters import decayed, distance, path_of
-from dpn_jax.weights import table, to_flax
-from tests.checkpoints import timm_dpn
 from tests.parity import reference
+from tests.support.checkpoints import timm_dpn
 
 BOUND = 1e-6
 CLASSES = 5

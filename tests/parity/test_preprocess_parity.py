@@ -13,7 +13,7 @@ from PIL import Image
 
 from convert.timm_import import import_timm
 from dpn_jax.config import PRETRAINED, Preprocessing
-from dpn_jax.preprocess import ImageError, Transform, imagenet_labels, preprocessing
+from dpn_jax.images.transform import ImageError, Transform, imagenet_labels, preprocessing
 
 timm = import_timm()
 import torch  # noqa: E402

@@ -11,7 +11,7 @@ import torch
 from flax import nnx
 
 import dpn_jax
-from dpn_jax.weights import table, to_flax
+from dpn_jax.checkpoint.names import table, to_flax
 from tests.parity import reference
 
 RATE = 0.05

@@ -1,0 +1,100 @@
+"""`dpn-jax classify`."""
+
+import contextlib
+import csv
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tyro
+
+from dpn_jax.cli.options import ClassifierOptions
+from dpn_jax.cli.output import (
+    DONE,
+    NOTHING_DONE,
+    SOME_FAILED,
+    Format,
+    note,
+    note_throughput,
+    printable,
+    progress,
+)
+from dpn_jax.images.transform import ImageError, image_files
+from dpn_jax.inference.classifier import Prediction
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classify(ClassifierOptions):
+    """Name what is on photos."""
+
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Photos, and folders of photos."""
+    top_k: int | None = None
+    """How many classes to name; left out 5, or all of fewer."""
+    format: Format = "table"
+    """table for people; json (one object a line) or csv for programs."""
+
+    def run(self) -> int:
+        """Classifies, and prints as it goes."""
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"--top-k must be at least 1, got {self.top_k}")
+        self.check()
+        if not self.images:
+            raise ValueError("name at least one photo or folder")
+        found = list(self._found())
+        paths = [path for path in found if not isinstance(path, ImageError)]
+        failures = [path for path in found if isinstance(path, ImageError)]
+        for failure in failures:
+            note(str(failure))
+        if not paths:
+            return NOTHING_DONE
+        classifier = self.classifier()
+        done = 0
+        top_k = self.top_k or min(5, len(classifier.labels))
+        with contextlib.closing(classifier.stream(paths, top_k=top_k)) as results:
+            print_header(self.format)
+            for path, result in zip(paths, progress(results, len(paths), "image"), strict=True):
+                if isinstance(result, ImageError):
+                    failures.append(result)
+                    note(str(result))
+                else:
+                    done += 1
+                    print_predictions(path, result, self.format)
+        note_throughput(classifier.throughput)
+        if not done:
+            return NOTHING_DONE
+        return SOME_FAILED if failures else DONE
+
+    def _found(self) -> Iterator[str | ImageError]:
+        """The files that are meant, and an error for each folder without any."""
+        for name in self.images:
+            if not Path(name).is_dir():
+                yield name
+            elif files := image_files(name):
+                yield from map(str, files)
+            else:
+                yield ImageError(f"{printable(name)}: no images in this folder")
+
+
+def print_header(format: Format) -> None:
+    """The first line of a CSV table."""
+    if format == "csv":
+        csv.writer(sys.stdout, lineterminator="\n").writerow(
+            ["image", "rank", "index", "synset", "label", "probability"]
+        )
+
+
+def print_predictions(path: str, predictions: Sequence[Prediction], format: Format) -> None:
+    """Prints what is on one image."""
+    if format == "json":
+        print(json.dumps({"image": path, "predictions": [prediction._asdict() for prediction in predictions]}))
+    elif format == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        for rank, best in enumerate(predictions, start=1):
+            writer.writerow([path, rank, best.index, best.synset, best.label, f"{best.probability:.6f}"])
+    else:
+        print(printable(path))
+        for best in predictions:
+            print(f"  {best.probability:7.2%}  {best.label}")

@@ -1,0 +1,45 @@
+"""`dpn-jax export`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from dpn_jax.cli.options import ModelOptions
+from dpn_jax.cli.output import DONE, describe, printable
+from dpn_jax.inference.export import Platform, export_model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export(ModelOptions):
+    """Write a model as one file of StableHLO, weights included, which JAX runs without this package.
+
+    For one platform it is that platform's fast form, for several a portable one.
+    """
+
+    destination: tyro.conf.Positional[str]
+    """The file to write, usually *.jaxexport."""
+    platforms: tuple[Platform, ...] = ("tpu", "cuda", "cpu")
+    """Where it is to run."""
+    batch_size: int | Literal["symbolic"] = "symbolic"
+    """Images in a batch; symbolic is any number."""
+    force: bool = False
+    """Overwrite an existing destination."""
+
+    def run(self) -> int:
+        """Exports, and says what was written."""
+        model, settings = self.load()
+        exported = export_model(
+            model,
+            self.destination,
+            platforms=self.platforms,
+            batch_size=None if self.batch_size == "symbolic" else self.batch_size,
+            image_size=settings.image_size,
+            overwrite=self.force,
+        )
+        (images,), (logits,) = exported.in_avals, exported.out_avals
+        where, size = ", ".join(exported.platforms), Path(self.destination).stat().st_size
+        what = f"{images.str_short()} to {logits.str_short()} on {where}, {size:,} bytes"
+        print(f"{printable(self.destination)}: {what}; prepare images with {describe(settings)}")
+        return DONE

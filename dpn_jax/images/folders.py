@@ -1,0 +1,163 @@
+"""Class folders: which images a run has, and which of them it trains on."""
+
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Literal
+
+from dpn_jax.finetune.workers import DataError, refuse_in_starting_worker
+from dpn_jax.images.transform import ImageError, image_files
+
+Split = Literal["train", "val", "all"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFolder:
+    """Images and their classes.
+
+    Args:
+      class_names: names of the classes, in the order of the logits.
+      files: path of each image.
+      labels: class of each image, its index in `class_names`.
+    """
+
+    class_names: tuple[str, ...]
+    files: tuple[str, ...]
+    labels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def without(self, files: Collection[str]) -> "ImageFolder":
+        """The folder without some of its files, such as those that `find_broken` found.
+
+        Raises:
+          DataError: no image of a class would be left.
+
+        Example:
+          >>> ImageFolder(("cat", "dog"), ("a.png", "b.png", "c.png"), (0, 1, 1)).without(["b.png"]).files
+          ('a.png', 'c.png')
+        """
+        files = frozenset(files)
+        kept = [(file, label) for file, label in zip(self.files, self.labels, strict=True) if file not in files]
+        for label in sorted(set(self.labels) - {label for _, label in kept}):
+            raise DataError(f"class {self.class_names[label]!r}: none of its images can be read; add some that can")
+        return ImageFolder(self.class_names, *(tuple(column) for column in zip(*kept, strict=True)))
+
+
+def image_folder(path: str | os.PathLike, *, split: Split, val_fraction: float = 0.2, seed: int = 0) -> ImageFolder:
+    """Lists a folder that holds one folder of images for each class; no image is opened.
+
+    With `path/train/<class>/*` and `path/val/<class>/*` these are the two splits. Otherwise `path/<class>/*` is split
+    class by class, by a hash of the seed and of each file's name, so that adding an image moves hardly another one.
+    Folders whose name begins with a dot are passed over, symbolic links are followed.
+
+    Args:
+      path: the folder.
+      split: 'train' or 'val', or 'all' for every image of `path/<class>/*`.
+      val_fraction: share of each class that is 'val', in [0, 1), at least one image and not all; 0 holds out none.
+      seed: another one, another split.
+
+    Returns:
+      The images, class by class in the natural order of their names (2 before 10), bytes that are no UTF-8 written as
+      `\\xff`.
+
+    Raises:
+      DataError: a folder is missing or cannot be listed, there are no class folders or one only, a class has no images
+        or too few to split, or train/ and val/ do not agree; the message names the folder.
+
+    Example:
+      >>> image_folder("no-such-folder", split="train")
+      Traceback (most recent call last):
+      dpn_jax.finetune.workers.DataError: no-such-folder: no such folder
+
+    Source: `timm.data.readers.reader_image_folder`, whose order of classes it is.
+    """
+    refuse_in_starting_worker()
+    if split not in ("train", "val", "all"):
+        raise ValueError(f"split must be 'train', 'val' or 'all', got {split!r}")
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction!r}")
+    root = Path(path)
+    if not root.is_dir():
+        raise DataError(f"{_shown(root)}: {'is not a folder' if root.exists() else 'no such folder'}")
+    parts = [root / name for name in ("train", "val") if _holds_folders(root / name)]
+    if not parts:
+        classes = _classes(root)
+        if split != "all":
+            classes = {name: _split(root / name, files, split, val_fraction, seed) for name, files in classes.items()}
+        if split == "val" and val_fraction == 0:
+            raise DataError(f"{_shown(root)}: val_fraction 0 leaves no images to validate with")
+    elif len(parts) == 1:
+        missing = {"train": "val", "val": "train"}[parts[0].name]
+        raise DataError(f"{_shown(root)}: has {parts[0].name}/ but no {missing}/; add it, or name {_shown(parts[0])}")
+    elif split == "all":
+        raise DataError(f"{_shown(root)}: has train/ and val/; name one of the two")
+    else:
+        train, val = (_classes(part) for part in parts)
+        if difference := sorted(train.keys() ^ val.keys()):
+            name = difference[0]
+            raise DataError(
+                f"{_shown(root)}: train/ and val/ must have the same class folders, but {len(difference)} are in one "
+                f"only, such as {_shown(parts[name in val] / name)}"
+            )
+        classes = train if split == "train" else val
+    pairs = [(str(file), label) for label, files in enumerate(classes.values()) for file in files]
+    names = tuple(os.fsencode(name).decode("utf-8", "backslashreplace") for name in classes)
+    return ImageFolder(names, *(tuple(column) for column in zip(*pairs, strict=True)))
+
+
+def _holds_folders(path: Path) -> bool:
+    """Whether `path` is a folder of class folders, not itself the folder of a class named train or val."""
+    try:
+        return path.is_dir() and any(entry.is_dir() for entry in path.iterdir())
+    except OSError as error:
+        raise DataError(f"{_shown(path)}: {error.strerror}") from error
+
+
+def _classes(root: Path) -> dict[str, list[Path]]:
+    """The images of each class folder, in the order of the classes."""
+    try:
+        names = [entry.name for entry in root.absolute().iterdir() if entry.is_dir() and entry.name[0] != "."]
+        classes = {name: image_files(root.absolute() / name) for name in sorted(names, key=_natural)}
+    except OSError as error:
+        raise DataError(f"{_shown(root)}: {error.strerror}") from error
+    except ImageError as error:
+        raise DataError(str(error)) from error
+    if not any(classes.values()):
+        raise DataError(f"{_shown(root)}: no images in class folders; expected {_shown(root / '<class>' / '<image>')}")
+    for name, files in classes.items():
+        if not files:
+            raise DataError(f"{_shown(root / name)}: the class has no images; add some, or remove the folder")
+    if len(classes) == 1:
+        raise DataError(f"{_shown(root)}: one class only, {_shown(Path(*classes))}; there must be two or more")
+    return classes
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """Digits as numbers, in either case: `timm.data.readers.class_map.natural_key`."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name
+
+
+def _split(folder: Path, files: list[Path], split: Split, fraction: float, seed: int) -> list[Path]:
+    """The files of one class that belong to `split`, in their order."""
+    if fraction == 0:
+        return files if split == "train" else []
+    if len(files) < 2:
+        raise DataError(f"{_shown(folder)}: one image is too few to split; add some, or make folders train/ and val/")
+
+    def drawn(file: Path) -> bytes:
+        name = file.relative_to(folder.absolute()).as_posix()
+        return hashlib.blake2b(os.fsencode(f"{seed}/{folder.name}/{name}"), digest_size=16).digest()
+
+    count = min(max(round(len(files) * fraction), 1), len(files) - 1)
+    held_out = set(sorted(files, key=drawn)[:count])
+    return [file for file in files if (file in held_out) == (split == "val")]
+
+
+def _shown(path: Path) -> str:
+    """What a message calls a path: printable, in one line."""
+    return str(path) if str(path).isprintable() else repr(str(path))

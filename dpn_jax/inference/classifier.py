@@ -1,0 +1,291 @@
+"""From photos to labels: a model, its preprocessing and its class names, compiled for batches of one fixed size."""
+
+import collections
+import concurrent.futures
+import contextlib
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dpn_jax.checkpoint.load import from_pretrained
+from dpn_jax.config import default_preprocessing
+from dpn_jax.fast.forward import fast_forward
+from dpn_jax.images.transform import ImageError, ImageSource, Transform, imagenet_labels
+from dpn_jax.inference.throughput import Clock, Throughput
+from dpn_jax.model import DPN
+
+_READ_AHEAD = 2
+"""Batches of images that are prepared while the device works."""
+
+
+class Prediction(NamedTuple):
+    """One of the classes that an image was given."""
+
+    label: str
+    """The class's name; for ImageNet-1k its WordNet lemmas."""
+    probability: float
+    """In [0, 1], from a softmax over all classes."""
+    index: int
+    """The class's number, from 0."""
+    synset: str | None = None
+    """WordNet's id ('n02123045'), for ImageNet-1k."""
+
+
+class Classifier:
+    """Classifies photos.
+
+    Args:
+      model: the model; run in eval mode, in its fast form. Later changes to it are not seen.
+      transform: what prepares an image; left out, that of the weights, or of the architecture's default weights.
+      labels: a name for each class; left out, the model's own, or ImageNet-1k's.
+      batch_size: most images run at once. Fewer are padded to a power of two, so that few sizes are ever compiled.
+      device: where to run; left out, JAX's default device.
+      workers: threads that read and prepare images while the device works.
+      donate: take the model's arrays over, see `fast_forward`.
+
+    Attributes:
+      throughput: how fast the last stream was that was read to its end; None where that was too short to tell.
+
+    Raises:
+      ValueError: the model has no classifier or other channels than the transform, or there are not as many labels as
+        classes.
+
+    Example:
+      >>> import dpn_jax
+      >>> model = dpn_jax.create_model("dpn_tiny", num_classes=3)
+      >>> classifier = Classifier(model, labels=("cat", "dog", "bird"))
+      >>> best, second = classifier(np.zeros((300, 300, 3), np.uint8), top_k=2)
+      >>> best.probability >= second.probability
+      True
+    """
+
+    def __init__(
+        self,
+        model: DPN,
+        *,
+        transform: Transform | None = None,
+        labels: Sequence[str] | None = None,
+        batch_size: int = 32,
+        device: jax.Device | None = None,
+        workers: int | None = None,
+        donate: bool = False,
+    ) -> None:
+        config, provenance = model.config, model.provenance
+        if not config.num_classes or not config.global_pool:
+            raise ValueError("the model does not give one score per class (num_classes is 0 or global_pool is '')")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.transform = transform or Transform(provenance.preprocessing or default_preprocessing(config))
+        if len(self.transform.preprocessing.mean) != config.in_channels:
+            raise ValueError(
+                f"the model reads {config.in_channels} channels, but the preprocessing gives "
+                f"{len(self.transform.preprocessing.mean)}"
+            )
+        synsets: Sequence[str | None] = (None,) * config.num_classes
+        if labels is None and provenance.class_names is not None:
+            labels = provenance.class_names
+        if labels is None:
+            if config.num_classes == 1000:
+                synsets, labels = zip(*imagenet_labels(), strict=True)
+            else:
+                labels = [f"class {index}" for index in range(config.num_classes)]
+        if len(labels) != config.num_classes:
+            raise ValueError(f"the model has {config.num_classes} classes, but there are {len(labels)} labels")
+        self.labels = tuple(labels)
+        self.synsets = tuple(synsets)
+        self.batch_size = batch_size
+        self.workers = workers or os.cpu_count()
+        self.throughput: Throughput | None = None
+        self._device = device
+        self._forward = fast_forward(model, backend=None if device is None else device.platform, donate=donate)
+        self._forward.params = jax.device_put(self._forward.params, device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        transform: Transform | None = None,
+        labels: Sequence[str] | None = None,
+        batch_size: int = 32,
+        device: jax.Device | None = None,
+        workers: int | None = None,
+        **options: object,
+    ) -> "Classifier":
+        """Loads a model to classify with.
+
+        Args:
+          source: as for `dpn_jax.from_pretrained`.
+          transform, labels, batch_size, device, workers: as for `Classifier`.
+          options: further keywords of `dpn_jax.from_pretrained`, such as `dtype=jnp.bfloat16`.
+
+        Raises:
+          CheckpointError, ValueError: as `dpn_jax.from_pretrained` and `Classifier`.
+        """
+        model = from_pretrained(source, **options)
+        return cls(
+            model,
+            transform=transform,
+            labels=labels,
+            batch_size=batch_size,
+            device=device,
+            workers=workers,
+            donate=True,
+        )
+
+    def __call__(
+        self, images: ImageSource | Sequence[ImageSource], *, top_k: int = 5
+    ) -> list[Prediction] | list[list[Prediction]]:
+        """Classifies one image, or several.
+
+        Args:
+          images: a path, a PIL image or a uint8 array `[H, W, 3]`, or a list or tuple of them.
+          top_k: how many classes to name, at most all.
+
+        Returns:
+          The most probable classes, best first; for a list of images, a list of that for each.
+
+        Raises:
+          ImageError: an image cannot be read.
+          ValueError: `top_k` is below 1 or above the number of classes.
+        """
+        several = isinstance(images, list | tuple)
+        results = []
+        for result in self.stream(images if several else [images], top_k=top_k):
+            if isinstance(result, ImageError):
+                raise result
+            results.append(result)
+        return results if several else results[0]
+
+    def stream(self, images: Iterable[ImageSource], *, top_k: int = 5) -> Iterator[list[Prediction] | ImageError]:
+        """Classifies any number of images as they come; a bad one does not stop the others.
+
+        Args:
+          images: as for a call; only a few batches are read ahead.
+          top_k: as for a call.
+
+        Yields:
+          For each image, in order, its most probable classes, or the error that tells why there are none.
+
+        Raises:
+          ValueError: `top_k` is below 1 or above the number of classes.
+        """
+        if not 1 <= top_k <= len(self.labels):
+            raise ValueError(f"top_k must be 1 to {len(self.labels)}, got {top_k}")
+        return self._stream(images, top_k)
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """The scores of prepared images.
+
+        Args:
+          images: `[B, H, W, C]` from the transform.
+
+        Returns:
+          float32 `[B, num_classes]`.
+        """
+        parts = [self._dispatch(images[i : i + self.batch_size]) for i in range(0, len(images), self.batch_size)]
+        return np.concatenate([np.asarray(part, np.float32) for part in parts])[: len(images)]
+
+    def _stream(self, images: Iterable[ImageSource], top_k: int) -> Iterator[list[Prediction] | ImageError]:
+        clock = Clock(min(self.workers, os.cpu_count()), read_ahead=_READ_AHEAD)
+        running: collections.deque[tuple[list[np.ndarray | ImageError], concurrent.futures.Future | None]]
+        running = collections.deque()
+        size = 0
+        with _threads(self.workers) as readers, _threads(1) as watcher:
+            for prepared in _batched(self._prepared(images, readers, clock), self.batch_size):
+                good = [image for image in prepared if not isinstance(image, ImageError)]
+                logits = None
+                if good:
+                    before, size = size, max(size, self._padded(len(good)))  # a smaller last batch compiles nothing
+                    start = time.perf_counter()
+                    batch = self._dispatch(good, size)
+                    logits = watcher.submit(clock.wait, batch, start, len(good), compiles=size > before)
+                running.append((prepared, logits))
+                if len(running) > 1:  # the device works on this batch while the one before is reported
+                    yield from self._report(*running.popleft(), top_k)
+            while running:
+                yield from self._report(*running.popleft(), top_k)
+        self.throughput = clock.throughput()
+
+    def _prepared(
+        self, images: Iterable[ImageSource], pool: concurrent.futures.Executor, clock: Clock
+    ) -> Iterator[np.ndarray | ImageError]:
+        """Images through the transform, in order, read ahead by threads: Pillow decodes and resizes outside the GIL."""
+
+        def prepare(image: ImageSource) -> tuple[np.ndarray | ImageError, float]:
+            start = time.perf_counter()
+            try:
+                prepared = self.transform(image)
+            except ImageError as error:
+                prepared = error
+            return prepared, time.perf_counter() - start
+
+        pending: collections.deque[concurrent.futures.Future] = collections.deque()
+
+        def first() -> np.ndarray | ImageError:
+            prepared, seconds = pending.popleft().result()
+            clock.count_prepared(seconds)
+            return prepared
+
+        for image in images:
+            pending.append(pool.submit(prepare, image))
+            if len(pending) > _READ_AHEAD * self.batch_size:
+                yield first()
+        while pending:
+            yield first()
+
+    def _padded(self, count: int) -> int:
+        return min(self.batch_size, 1 << (count - 1).bit_length())
+
+    def _dispatch(self, images: Sequence[np.ndarray], size: int | None = None) -> jax.Array:
+        """Starts a batch, padded, and returns its logits, padding included, before they are computed."""
+        padded = np.zeros((size or self._padded(len(images)), *images[0].shape), np.float32)
+        np.stack(images, out=padded[: len(images)])
+        return self._forward(jax.device_put(padded, self._device))
+
+    def _report(
+        self, prepared: list[np.ndarray | ImageError], logits: concurrent.futures.Future | None, top_k: int
+    ) -> Iterator[list[Prediction] | ImageError]:
+        # softmax on the host: on the device it would queue behind the next batch
+        rows = iter(()) if logits is None else iter(_softmax(logits.result()))
+        for image in prepared:
+            yield image if isinstance(image, ImageError) else self._best(next(rows), top_k)
+
+    def _best(self, probabilities: np.ndarray, top_k: int) -> list[Prediction]:
+        order = np.argsort(-probabilities, kind="stable")[:top_k]  # of equal ones the first, as torch.topk on a CPU
+        return [
+            Prediction(self.labels[index], float(probabilities[index]), int(index), self.synsets[index])
+            for index in order
+        ]
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[concurrent.futures.Executor]:
+    """A pool that, when its stream is abandoned, is not waited for."""
+    pool = concurrent.futures.ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # of weights with infinities, which were allowed
+        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def _batched(items: Iterable[np.ndarray | ImageError], size: int) -> Iterator[list[np.ndarray | ImageError]]:
+    batch: list[np.ndarray | ImageError] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

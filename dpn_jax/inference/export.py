@@ -1,0 +1,124 @@
+"""A model as one file of StableHLO, weights included, that runs where dpn_jax is not installed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from dpn_jax.checkpoint.files import write_atomically
+from dpn_jax.config import default_preprocessing
+from dpn_jax.fast.forward import PLANS, FastForward, Plan
+from dpn_jax.fast.grouped import Native
+from dpn_jax.model import DPN
+
+Platform = Literal["tpu", "cuda", "rocm", "cpu"]
+
+BACKENDS: dict[str, str] = {"tpu": "tpu", "cuda": "gpu", "rocm": "gpu", "cpu": "cpu"}
+"""Whose formulations a platform takes."""
+
+# norms folded and the paths apart, as everywhere; kernels are stored only once, in the layout that runs everywhere
+PORTABLE = Plan(grouped=((32, Native()),))
+
+
+class ExportError(ValueError):
+    """A model cannot be exported, or an exported one not read; the message is one line that names the file."""
+
+
+def export_model(
+    model: DPN,
+    path: str | Path,
+    *,
+    platforms: Sequence[Platform] = ("tpu", "cuda", "cpu"),
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    overwrite: bool = False,
+) -> jax.export.Exported:
+    """Writes a model's forward pass and its weights into one file.
+
+    For one platform that is the platform's fast form (`fast_forward`); for several it is one form for all of them, with
+    grouped convolutions as XLA has them, since each platform's own would need its own copy of the weights. Where speed
+    counts, write a file for each platform. Reading it takes JAX and flatbuffers, nothing else: `load_exported`, or
+    `jax.export.deserialize(Path("dpn92.jaxexport").read_bytes()).call(images)`. JAX promises to read it for six months
+    at least. Plain StableHLO, for other tools, is in its `mlir_module_serialized`.
+
+    Args:
+      model: the model; exported in eval mode, computing in its `dtype`.
+      path: the file, usually `*.jaxexport`; written atomically.
+      platforms: where it is to run, any of 'tpu', 'cuda', 'rocm' and 'cpu'; none need be present here.
+      batch_size: images in a batch; left out, any number (a symbolic dimension, compiled for each when it is called).
+      image_size: side of the images, pixels; left out, that of the weights, or of the architecture's default weights.
+      overwrite: replace an existing file.
+
+    Returns:
+      What was written: float32 `[B, H, W, C]`, normalised, to float32 logits `[B, num_classes]`.
+
+    Raises:
+      ExportError: the file exists and `overwrite` is not set, or cannot be written.
+      ValueError: an unknown platform, none, or one that is named twice; `batch_size` or `image_size` is out of range.
+
+    Example:
+      >>> import dpn_jax, tempfile
+      >>> model = dpn_jax.create_model("dpn_tiny", num_classes=3)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     written = export_model(model, Path(folder) / "tiny.jaxexport", platforms=["cpu"], image_size=64)
+      >>> written.in_avals
+      (ShapedArray(float32[b,64,64,3]),)
+
+    Source: `jax.export`, https://docs.jax.dev/en/latest/export/export.html.
+    """
+    path = Path(path)
+    if unknown := [platform for platform in platforms if platform not in BACKENDS]:
+        raise ValueError(f"platforms must be of {', '.join(BACKENDS)}, got {unknown[0]!r}")
+    if not platforms or len(set(platforms)) != len(platforms):
+        raise ValueError(f"platforms must be one or more different ones, got {list(platforms)}")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if image_size is None:
+        image_size = (model.provenance.preprocessing or default_preprocessing(model.config)).image_size
+    if image_size < 32:
+        raise ValueError(f"image_size must be at least 32 pixels, got {image_size}")
+    if path.exists() and not overwrite:
+        raise ExportError(f"{path}: exists already; overwrite it with --force (overwrite=True)")
+    forward = FastForward(model, PLANS[BACKENDS[platforms[0]]] if len(platforms) == 1 else PORTABLE)
+    (batch,) = jax.export.symbolic_shape("b") if batch_size is None else (batch_size,)
+    images = jax.ShapeDtypeStruct((batch, image_size, image_size, model.config.in_channels), jnp.float32)
+
+    def dpn(images: jax.Array) -> jax.Array:
+        return forward.apply(forward.params, images).astype(jnp.float32)
+
+    exported = jax.export.export(jax.jit(dpn), platforms=platforms)(images)
+    try:
+        write_atomically(path, [exported.serialize()])
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be written ({error.strerror or error})") from error
+    return exported
+
+
+def load_exported(path: str | Path) -> jax.export.Exported:
+    """Reads what `export_model` wrote.
+
+    Args:
+      path: the file.
+
+    Returns:
+      JAX's own object: `jax.jit(exported.call)` maps float32 `[B, H, W, C]`, normalised, to float32 logits;
+      `exported.platforms` and `exported.in_avals` say where it runs and on what.
+
+    Raises:
+      ExportError: the file is missing, damaged, or from a JAX that is too new.
+
+    Example:
+      >>> load_exported("no-such-file.jaxexport")
+      Traceback (most recent call last):
+      dpn_jax.inference.export.ExportError: no-such-file.jaxexport: No such file or directory
+    """
+    try:
+        return jax.export.deserialize(bytearray(Path(path).read_bytes()))
+    except OSError as error:
+        raise ExportError(f"{path}: {error.strerror or error}") from error
+    except Exception as error:  # flatbuffers finds damage in many ways
+        raise ExportError(
+            f"{path}: no exported model, damaged, or from a newer JAX ({type(error).__name__})"
+        ) from error

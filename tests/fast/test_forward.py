@@ -1,0 +1,187 @@
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import dpn_jax
+from dpn_jax.config import DPNConfig
+from dpn_jax.fast.forward import PLANS
+from tests.test_model import TINY as LARGER
+
+TINY = LARGER.replace(depths=(2, 1), dense_increments=(4, 4))
+
+
+def randomised(config: DPNConfig | str, **options: object) -> dpn_jax.DPN:
+    """A model in eval mode whose norms and biases are random: folding fresh ones proves nothing."""
+    model = dpn_jax.create_model(config, **options, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        name = path[-1]
+        if name in ("scale", "var"):
+            variable.set_value(jnp.asarray(rng.uniform(0.5, 2, variable.shape), variable.dtype))
+        elif name in ("mean", "bias"):
+            variable.set_value(jnp.asarray(rng.normal(0, 0.3, variable.shape), variable.dtype))
+    nnx.update(model, nnx.state(model))
+    model.eval()
+    return model
+
+
+def error(model: dpn_jax.DPN, images: jax.Array, backend: str) -> float:
+    expected = np.asarray(nnx.jit(lambda model, x: model(x))(model, images), np.float64)
+    got = np.asarray(dpn_jax.fast_forward(model, backend=backend)(images), np.float64)
+    assert got.shape == expected.shape
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+HEADS = [
+    {"global_pool": "catavgmax"},
+    {"global_pool": "", "stem_kernel": 7},
+    {"num_classes": 0, "global_pool": "max"},
+    {"test_time_pool": 2},
+]
+BODIES = [
+    {"split_expand": True, "outer_activation": "silu", "in_channels": 1},
+    {"bottleneck_width": 40, "groups": 10, "residual_width": 12},
+]
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes"),
+    [
+        *((backend, changes) for backend in PLANS for changes in BODIES),
+        *(pytest.param("cpu", changes, marks=pytest.mark.slow) for changes in HEADS),
+    ],
+    ids=str,
+)
+def test_the_fast_form_is_the_model_in_float64(backend: str, changes: dict[str, object]) -> None:
+    with jax.enable_x64(True):
+        model = randomised(TINY, **changes, dtype="float64", param_dtype="float64")
+        images = jax.random.normal(jax.random.key(0), (2, 45, 64, model.config.in_channels), "float64")
+        assert error(model, images, backend) <= 1e-13
+
+
+@pytest.mark.slow
+@pytest.mark.optimised
+@pytest.mark.parametrize("backend", ["tpu", "gpu"])  # the CPU's is held against timm in tests/parity/test_photos.py
+@pytest.mark.parametrize("name", ["dpn68b", "dpn92"])
+def test_the_fast_form_is_the_model_in_float32(backend: str, name: str) -> None:
+    model = randomised(name, num_classes=20)
+    images = jax.random.normal(jax.random.key(0), (2, 64, 97, 3))
+    assert error(model, images, backend) <= 1e-5
+
+
+@pytest.mark.slow
+def test_bfloat16_folds_before_it_casts() -> None:
+    model = randomised(TINY, dtype=jnp.bfloat16)
+    full = randomised(TINY)
+    images = jax.random.normal(jax.random.key(0), (8, 64, 64, 3))
+    forward = dpn_jax.fast_forward(model)
+    assert forward.params.stages[1][0].reduce.kernels[0][0].dtype == jnp.bfloat16
+    got, expected = np.asarray(forward(images), np.float64), np.asarray(dpn_jax.fast_forward(full)(images), np.float64)
+    cosine = (got * expected).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(expected, axis=1)
+    assert cosine.min() >= 0.999
+
+
+def test_training_mode_and_later_changes_do_not_matter() -> None:
+    model = randomised(TINY)
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    forward = dpn_jax.fast_forward(model)
+    before = forward(images)
+    model.train()
+    model.norm.mean.set_value(model.norm.mean[...] + 1)
+    np.testing.assert_array_equal(forward(images), before)
+    assert not np.allclose(dpn_jax.fast_forward(model)(images), before)
+
+
+MEMORY_CHILD = """
+import resource, sys
+import jax.numpy as jnp
+from flax import nnx
+import dpn_jax
+model, images = dpn_jax.load(sys.argv[2]), jnp.ones((1, 224, 224, 3))
+plain = nnx.jit(lambda model, images: model(images))
+forward = dpn_jax.fast_forward(model, donate=True) if sys.argv[1] == "fast" else lambda images: plain(model, images)
+forward(images).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_folding_takes_little_more_memory_than_the_plain_form(dpn92_file: Path) -> None:
+    peak = {
+        form: int(subprocess.run([sys.executable, "-c", MEMORY_CHILD, form, str(dpn92_file)], capture_output=True,
+                                 text=True, check=True, cwd=Path(__file__).parents[2]).stdout)
+        for form in ("plain", "fast")
+    }  # fmt: skip
+    assert peak["fast"] <= 1.1 * peak["plain"], peak
+
+
+def test_a_donated_model_is_used_up() -> None:
+    model = randomised(TINY)
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    expected = dpn_jax.fast_forward(model)(images)
+    np.testing.assert_array_equal(dpn_jax.fast_forward(model, donate=True)(images), expected)
+    with pytest.raises(RuntimeError, match="deleted"):
+        model(images)
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes"),
+    [
+        pytest.param("cpu", {"depths": (2,), "dense_increments": (4,)}, marks=pytest.mark.slow),
+        pytest.param("cpu", {"drop_rate": 0.5, "split_expand": True}, marks=pytest.mark.slow),
+        pytest.param("tpu", {"drop_rate": 0.5}, marks=pytest.mark.slow),
+        pytest.param("gpu", {"split_expand": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_fast_apply_is_the_model_in_training(backend: str, changes: dict[str, object]) -> None:
+    with jax.enable_x64(True):
+        ours, plain = (randomised(TINY, **changes, dtype="float64", param_dtype="float64") for _ in range(2))
+        ours.train(), plain.train()
+        images = jax.random.normal(jax.random.key(0), (2, 45, 64, ours.config.in_channels), "float64")
+        for _ in range(2):  # the second step sees the first one's statistics and another dropout
+            got, gradients = nnx.jit(
+                nnx.value_and_grad(lambda model: dpn_jax.fast_apply(model, images, backend=backend).var())
+            )(ours)
+            expected, wanted = nnx.jit(nnx.value_and_grad(lambda model: model(images).var()))(plain)
+            np.testing.assert_allclose(got, expected, rtol=1e-11)
+            for mine, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
+                np.testing.assert_allclose(mine, other, atol=1e-11)
+        for mine, other in zip(jax.tree.leaves(nnx.state(ours)), jax.tree.leaves(nnx.state(plain)), strict=True):
+            if jnp.issubdtype(mine.dtype, jnp.number):
+                np.testing.assert_allclose(mine, other, rtol=1e-11)
+            else:
+                np.testing.assert_array_equal(jax.random.key_data(mine), jax.random.key_data(other))
+
+
+def test_options_that_the_compiler_does_not_know_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = PLANS["cpu"].compiler_options
+    assert dpn_jax.compiler_options("cpu") == dict(known), "jax 0.10.2 knows them"
+    options = (("xla_no_such_option", "1"), *known)
+    monkeypatch.setitem(PLANS, "cpu", dataclasses.replace(PLANS["cpu"], compiler_options=options))
+    assert dpn_jax.compiler_options() == dict(known)
+    assert dpn_jax.compiler_options(training=True) == dict(known)
+    monkeypatch.setitem(PLANS, "cpu", dataclasses.replace(PLANS["cpu"], in_training=False))
+    assert dpn_jax.compiler_options(training=True) == {}
+    assert dpn_jax.compiler_options("tpu") == {}, "they are the default backend's"
+
+
+def test_it_may_be_part_of_another_program() -> None:
+    model = randomised(TINY)
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    forward = dpn_jax.fast_forward(model)
+    np.testing.assert_allclose(jax.jit(lambda x: forward(x) * 2)(images), 2 * forward(images), rtol=1e-6)
+
+
+def test_wrong_arguments() -> None:
+    model = dpn_jax.create_model(TINY, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="backend must be one of cpu, tpu, gpu, got 'npu'"):
+        dpn_jax.fast_forward(model, backend="npu")
+    with pytest.raises(ValueError, match="normalised floats"):
+        dpn_jax.fast_forward(model)(jnp.zeros((1, 32, 32, 3), jnp.uint8))

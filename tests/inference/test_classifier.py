@@ -1,0 +1,173 @@
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+import dpn_jax
+from dpn_jax.fast.forward import Folded
+from dpn_jax.images.transform import ImageError
+from dpn_jax.inference.throughput import Clock
+from tests.test_model import TINY
+
+
+@pytest.fixture(scope="module")
+def classifier() -> dpn_jax.Classifier:
+    model = dpn_jax.create_model(TINY, rngs=nnx.Rngs(0))
+    transform = dpn_jax.preprocessing(dpn_jax.Preprocessing(image_size=32))
+    return dpn_jax.Classifier(model, transform=transform, labels="abcde", batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[np.ndarray]:
+    return [np.random.default_rng(seed).integers(0, 256, (40, 50, 3), np.uint8) for seed in range(11)]
+
+
+def test_one_image_and_many_agree_whatever_the_padding(
+    classifier: dpn_jax.Classifier, pictures: list[np.ndarray]
+) -> None:
+    together = classifier(pictures, top_k=5)
+    assert len(together) == 11
+    for picture, expected in zip(pictures, together, strict=True):
+        alone = classifier(picture, top_k=5)
+        assert [prediction.label for prediction in alone] == [prediction.label for prediction in expected]
+        np.testing.assert_allclose([p.probability for p in alone], [p.probability for p in expected], rtol=1e-5)
+        assert sum(p.probability for p in alone) == pytest.approx(1)
+        assert [p.probability for p in alone] == sorted((p.probability for p in alone), reverse=True)
+        assert all(p.label == "abcde"[p.index] for p in alone)
+
+
+def test_probabilities_are_the_models(classifier: dpn_jax.Classifier, pictures: list[np.ndarray]) -> None:
+    model = dpn_jax.create_model(TINY, rngs=nnx.Rngs(0))
+    model.eval()
+    logits = nnx.jit(lambda model, images: model(images))(model, classifier.transform(pictures[0])[None])
+    expected = jax.nn.softmax(logits[0])
+    got = {prediction.index: prediction.probability for prediction in classifier(pictures[0])}
+    np.testing.assert_allclose([got[index] for index in range(5)], expected, rtol=1e-5)
+
+
+def test_a_bad_image_does_not_stop_the_others(
+    classifier: dpn_jax.Classifier, pictures: list[np.ndarray], tmp_path: Path
+) -> None:
+    good = tmp_path / "good.png"
+    Image.fromarray(pictures[0]).save(good)
+    sources = [good, tmp_path / "missing.jpg", *pictures[1:5], tmp_path / "missing too.jpg", good]
+    results = list(classifier.stream(sources))
+    assert [isinstance(result, ImageError) for result in results] == [False, True, *[False] * 4, True, False]
+    for result in (results[-1], classifier(str(good))):
+        np.testing.assert_allclose([p.probability for p in result], [p.probability for p in results[0]], rtol=1e-5)
+    with pytest.raises(ImageError, match=r"missing\.jpg"):
+        classifier(sources)
+
+
+def test_a_batch_of_bad_images_only(classifier: dpn_jax.Classifier) -> None:
+    assert all(
+        isinstance(result, ImageError) for result in classifier.stream(["no", "none", "nothing", "nowhere", "x"])
+    )
+    assert classifier([]) == []
+
+
+def test_few_sizes_are_compiled(pictures: list[np.ndarray]) -> None:
+    model = dpn_jax.create_model(TINY, rngs=nnx.Rngs(0))
+    classifier = dpn_jax.Classifier(
+        model, transform=dpn_jax.preprocessing(dpn_jax.Preprocessing(image_size=32)), batch_size=4
+    )
+    for count in (1, 2, 3, 4, 5, 7, 11):
+        classifier(pictures[:count])
+    assert classifier._forward.jitted._cache_size() == 3  # 1, 2 and 4
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 6])
+def test_top_k_out_of_range(classifier: dpn_jax.Classifier, pictures: list[np.ndarray], top_k: int) -> None:
+    with pytest.raises(ValueError, match=f"top_k must be 1 to 5, got {top_k}"):
+        classifier(pictures[0], top_k=top_k)
+
+
+def test_workers_are_as_many_as_asked() -> None:
+    model = dpn_jax.create_model(TINY, rngs=nnx.Rngs(0))
+    assert dpn_jax.Classifier(model, workers=1).workers == 1
+
+
+def test_unfit_arguments() -> None:
+    model = dpn_jax.create_model(TINY, rngs=nnx.Rngs(0))
+    for options, message in [
+        ({"labels": ["a", "b"]}, "5 classes, but there are 2 labels"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"transform": dpn_jax.preprocessing(dpn_jax.Preprocessing(mean=(0.5,), std=(0.5,)))}, "reads 3 channels"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            dpn_jax.Classifier(model, **options)
+    for changes in ({"num_classes": 0}, {"global_pool": ""}):
+        with pytest.raises(ValueError, match="one score per class"):
+            dpn_jax.Classifier(dpn_jax.create_model(TINY, **changes, rngs=nnx.Rngs(0)))
+
+
+def test_imagenet_labels_come_with_1000_classes() -> None:
+    classifier = dpn_jax.Classifier(dpn_jax.create_model(TINY, num_classes=1000, rngs=nnx.Rngs(0)))
+    assert classifier.labels[281] == "tabby, tabby cat"
+    assert classifier.synsets[281] == "n02123045"
+
+
+def test_grey_images_for_one_channel(pictures: list[np.ndarray]) -> None:
+    classifier = dpn_jax.Classifier(dpn_jax.create_model(TINY, in_channels=1, rngs=nnx.Rngs(0)))
+    assert classifier.transform(pictures[0]).shape == (224, 224, 1)
+    assert len(classifier(pictures[0])) == 5
+
+
+def test_a_smaller_last_batch_compiles_nothing(pictures: list[np.ndarray]) -> None:
+    model = dpn_jax.create_model(TINY, rngs=nnx.Rngs(0))
+    classifier = dpn_jax.Classifier(
+        model, transform=dpn_jax.preprocessing(dpn_jax.Preprocessing(image_size=32)), batch_size=4
+    )
+    assert len(list(classifier.stream(["broken", *pictures[:8], "broken", "broken"]))) == 11
+    assert classifier._forward.jitted._cache_size() == 1
+
+
+@pytest.mark.parametrize(("reading", "computing", "limit"), [(0.05, 0.0, "host"), (0.0, 0.05, "device")])
+def test_the_slower_side_is_named(
+    classifier: dpn_jax.Classifier,
+    pictures: list[np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+    reading: float,
+    computing: float,
+    limit: str,
+) -> None:
+    transform, jitted = classifier.transform, classifier._forward.jitted
+
+    def slow_transform(image: np.ndarray) -> np.ndarray:
+        time.sleep(reading)
+        return transform(image)
+
+    def slow_device(params: Folded, images: jax.Array) -> jax.Array:
+        time.sleep(computing)
+        return jitted(params, images)
+
+    monkeypatch.setattr(classifier, "transform", slow_transform)
+    monkeypatch.setattr(classifier._forward, "jitted", slow_device)
+    monkeypatch.setattr(classifier, "batch_size", 1)
+    monkeypatch.setattr(classifier, "workers", 1)
+    list(classifier.stream(pictures))
+    throughput = classifier.throughput
+    assert throughput.limit == limit
+    slower, faster = sorted((throughput.host, throughput.device))
+    assert slower <= 1 / 0.05 < faster
+    assert throughput.rate == pytest.approx(slower, rel=0.4)  # on a busy machine
+    list(classifier.stream(pictures[:3]))
+    assert classifier.throughput is None  # all of these were ready while the first was compiled
+
+
+def test_threads_count_together() -> None:
+    clock = Clock(workers=4, read_ahead=0)
+    for seconds in (0.25, 0.75):
+        clock.count_prepared(seconds)
+    assert clock.throughput() is None
+    for compiles in (True, False):
+        rows = clock.wait(jnp.ones((8, 2)), time.perf_counter() - 2, 5, compiles=compiles)
+        assert rows.shape == (5, 2)
+    throughput = clock.throughput()
+    assert throughput.host == 8
+    assert throughput.device == throughput.rate > 5 / 2  # the second batch is not charged for the time of the first

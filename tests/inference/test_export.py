@@ -1,0 +1,118 @@
+"""Exported models: read where dpn_jax is not, they give the model's logits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dpn_jax
+from dpn_jax.inference.export import BACKENDS, ExportError, export_model, load_exported
+from tests.fast.test_forward import TINY, randomised
+
+READER = """
+import json, sys
+from pathlib import Path
+import jax, jax.export
+import numpy as np
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"dpn_jax", "flax"}:
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Block())
+images = np.load(sys.argv[1])
+for name in sys.argv[2:]:
+    exported = jax.export.deserialize(bytearray(Path(name).read_bytes()))
+    print(json.dumps([jax.jit(exported.call)(images[:size]).tolist() for size in (1, 3)]))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_without_dpn_jax_gets_the_same_logits(tmp_path: Path) -> None:
+    model = randomised(TINY)
+    images = np.random.default_rng(0).standard_normal((3, 32, 32, 3), np.float32)
+    expected = model(jnp.asarray(images))
+    np.save(tmp_path / "images.npy", images)
+    several = export_model(model, tmp_path / "several.jaxexport", image_size=32)
+    assert several.platforms == ("tpu", "cuda", "cpu")
+    one = export_model(model, tmp_path / "one.jaxexport", platforms=["cpu"], image_size=32)
+    assert len(one.mlir_module()) > len(several.mlir_module())  # the CPU's own form is longer
+    words = [sys.executable, "-c", READER, "images.npy", "several.jaxexport", "one.jaxexport"]
+    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert len(ended.stdout.splitlines()) == 2
+    for line in ended.stdout.splitlines():
+        alone, together = json.loads(line)
+        np.testing.assert_allclose(alone, expected[:1], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(together, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("platform", BACKENDS)
+def test_every_platform_with_any_batch(platform: str, tmp_path: Path) -> None:
+    model = dpn_jax.create_model(TINY, in_channels=1, dtype="bfloat16")
+    export_model(model, tmp_path / "x", platforms=[platform], image_size=48)
+    exported = load_exported(tmp_path / "x")
+    assert exported.platforms == (platform,)
+    assert [aval.str_short() for aval in (*exported.in_avals, *exported.out_avals)] == [
+        "float32[b,48,48,1]",
+        "float32[b,5]",
+    ]
+
+
+@pytest.mark.slow
+def test_a_fixed_batch_and_the_weights_own_size(tmp_path: Path) -> None:
+    model = dpn_jax.create_model(TINY)
+    model.provenance = model.provenance._replace(preprocessing=dpn_jax.Preprocessing(image_size=40))
+    model.train()  # exported in eval mode all the same
+    exported = export_model(model, tmp_path / "x", platforms=["cpu"], batch_size=2)
+    assert exported.in_avals[0].shape == (2, 40, 40, 3)
+    model.eval()
+    images = jax.random.normal(jax.random.key(0), (2, 40, 40, 3))
+    np.testing.assert_allclose(exported.call(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"platforms": ["cpu", "gpu"]}, "platforms must be of tpu, cuda, rocm, cpu, got 'gpu'"),
+        ({"platforms": []}, "platforms must be one or more different ones, got"),
+        ({"platforms": ["cpu", "cpu"]}, "platforms must be one or more different ones, got"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"image_size": 31}, "image_size must be at least 32 pixels, got 31"),
+    ],
+    ids=str,
+)
+def test_unfit_arguments(options: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        export_model(dpn_jax.create_model(TINY), tmp_path / "x", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_kept_unless_it_is_to_be_replaced(tmp_path: Path) -> None:
+    path, options = tmp_path / "x", {"platforms": ["cpu"], "image_size": 32}
+    path.write_text("precious")
+    model = dpn_jax.create_model(TINY)
+    with pytest.raises(ExportError, match=r"x: exists already; overwrite it with --force"):
+        export_model(model, path, **options)
+    assert path.read_text() == "precious"
+    export_model(model, path, overwrite=True, **options)
+    assert load_exported(path).platforms == ("cpu",)
+    with pytest.raises(ExportError, match="cannot be written"):
+        export_model(model, tmp_path / "no" / "such" / "folder", **options)
+    assert [file.name for file in tmp_path.iterdir()] == ["x"]
+
+
+def test_damaged_files_are_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    export_model(dpn_jax.create_model(TINY), path, platforms=["cpu"], image_size=32)
+    whole = path.read_bytes()
+    for damaged in (b"", b"not exported", whole[:10], whole[:-4000], bytes(len(whole))):
+        path.write_bytes(damaged)
+        with pytest.raises(ExportError, match="x: no exported model, damaged"):
+            load_exported(path)

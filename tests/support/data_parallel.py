@@ -1,0 +1,99 @@
+"""A short training, to be run on several devices or by several processes: `python -m tests.support.data_parallel`."""
+
+import re
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dpn_jax import DPNConfig, create_model
+from dpn_jax.finetune import (
+    FinetuneConfig,
+    TrainState,
+    data_mesh,
+    eval_step,
+    make_optimizer,
+    replicate,
+    shard_batch,
+    train_step,
+)
+
+CONFIG = FinetuneConfig(
+    optimizer="sgd", learning_rate=0.05, mixup=0.5, cutmix=0.5, drop_rate=0.2, ema_decay=0.9, clip_norm=1.0
+)
+TINY = DPNConfig(
+    depths=(1, 1),
+    dense_increments=(4, 4),
+    bottleneck_width=8,
+    groups=4,
+    residual_width=8,
+    stem_features=8,
+    stem_kernel=3,
+    num_classes=5,
+)
+BATCH = 16
+
+
+def train(mesh: Mesh | None = None, *, index: int = 0, count: int = 1) -> dict[str, np.ndarray]:
+    """Three steps with live norms, mixing and dropout, then an evaluation with padding.
+
+    Args:
+      mesh: the devices; None for one, without a mesh.
+      index, count: which process this is, of how many.
+
+    Returns:
+      Every array of the state, and the metrics.
+    """
+    state = _start() if mesh is None else replicate(_start(), mesh)
+    seen = {}
+    for number in range(3):
+        part = _part(number, index, count)
+        state, metrics = train_step(state, part if mesh is None else shard_batch(part, mesh))
+        seen |= {f"{name}.{number}": value for name, value in metrics.items()}
+    part["weight"] = _share(np.arange(BATCH) < BATCH - 3, index, count).astype(np.float32)
+    seen |= eval_step(state, part if mesh is None else shard_batch(part, mesh), ema=True)
+    seen |= {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
+    seen["logits"] = state.model()(np.ones((2, 32, 32, 3), np.float32))
+    if mesh is not None:
+        assert all(leaf.sharding == state.step.sharding for leaf in jax.tree.leaves(state)), "not replicated"
+    return {name: np.asarray(value) for name, value in seen.items()}
+
+
+def collectives(mesh: Mesh) -> tuple[int, int]:
+    """How many collectives a compiled step has in its main computation, and how many in computations that it calls."""
+    batch = shard_batch(_part(0, 0, jax.process_count()), mesh)
+    text = jax.jit(train_step).lower(replicate(_start(), mesh), batch).compile().as_text()
+    called, main = text.split("\nENTRY ")
+    counts = [len(re.findall(r" (?:all|reduce|collective)-[a-z-]+\(", part)) for part in (main, called)]
+    return counts[0], counts[1]
+
+
+def _start() -> TrainState:
+    model = create_model(TINY)
+    return TrainState.create(model, make_optimizer(CONFIG, model, steps=4), CONFIG)
+
+
+def _part(number: int, index: int, count: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(number)
+    images = rng.integers(0, 256, (BATCH, 32, 32, 3), dtype=np.uint8)
+    labels = rng.integers(0, TINY.num_classes, BATCH, dtype=np.int32)
+    return {"image": _share(images, index, count), "label": _share(labels, index, count)}
+
+
+def _share(values: np.ndarray, index: int, count: int) -> np.ndarray:
+    return np.split(values, count)[index]
+
+
+def main(output: Path, index: int, count: int, coordinator: str) -> None:
+    """One of `count` processes; `output` gets what it saw."""
+    if count > 1:
+        jax.distributed.initialize(coordinator, num_processes=count, process_id=index)
+    mesh = data_mesh()
+    seen = train(mesh, index=index, count=count)
+    np.savez(output, devices=jax.device_count(), collectives=collectives(mesh), **seen)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
