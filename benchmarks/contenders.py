@@ -13,7 +13,7 @@ from flax import nnx
 
 import dpn_jax
 from convert.timm_import import create_timm_model
-from dpn_jax.config import get_config
+from dpn_jax.pretrained import get_config
 
 Task = Literal["inference", "training"]
 Dtype = Literal["float32", "bfloat16"]
@@ -156,17 +156,17 @@ def _on_device(call: Callable[[], object], device: str) -> Contender:
     if device == "cpu":
         return Contender(call)
 
-    def synchronised() -> object:
+    def synchronized() -> object:
         result = call()
         torch.cuda.synchronize()
         return result
 
     def cost() -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats()
-        synchronised()
+        synchronized()
         return {"peak": torch.cuda.max_memory_allocated()}
 
-    return Contender(synchronised, cost)
+    return Contender(synchronized, cost)
 
 
 def _timed(call: Callable[[], object]) -> float:

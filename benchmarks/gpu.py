@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.contenders import CALLS, Task, ours, race, timms
 from benchmarks.report import print_setting
-from dpn_jax.config import get_config
+from dpn_jax.pretrained import get_config
 
 
 @dataclasses.dataclass(frozen=True)

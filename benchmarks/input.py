@@ -21,8 +21,8 @@ from flax import nnx
 
 import dpn_jax
 from benchmarks.report import print_setting
-from dpn_jax.config import default_preprocessing
 from dpn_jax.finetune import FinetuneConfig, TrainState, batches, image_folder, make_optimizer, train_step
+from dpn_jax.pretrained import default_preprocessing
 
 PHOTOS = Path(__file__).parents[1] / "samples"
 

@@ -15,8 +15,8 @@ import tyro
 
 from benchmarks.report import print_setting
 from convert.verify import compare
-from dpn_jax.config import default_preprocessing, get_config
 from dpn_jax.images.transform import Transform
+from dpn_jax.pretrained import default_preprocessing, get_config
 from tests.parity import reference
 from tests.parity.photos import PHOTOS
 
@@ -40,7 +40,7 @@ def main(options: Options) -> None:
         transform = Transform(default_preprocessing(get_config(variant)))
         images = np.stack([transform(photo) for photo in photos])
         with tempfile.TemporaryDirectory() as folder:
-            path = reference.write(reference.randomised(variant), Path(folder) / f"{variant}.safetensors")
+            path = reference.write(reference.randomized(variant), Path(folder) / f"{variant}.safetensors")
             *double, top5_double = compare(path, images, "float64")
             *single, top5_single = compare(path, images, "float32")
         equal = top5_double.largest == top5_single.largest == 0

@@ -72,7 +72,7 @@ def main(options: Options) -> None:
             for chips in options.chips:
                 for batch in options.batches:
                     for form in options.forms:
-                        row = compile_one(dpn_jax.config.get_config(name), topology, chips, batch, form, options)
+                        row = compile_one(dpn_jax.pretrained.get_config(name), topology, chips, batch, form, options)
                         report["rows"].append({"model": name, **row})
                         print(
                             f"{name:<8}{topology:<11}{chips:>6}{batch:>7}  {form:<6}{row['cycles'] / 1e6:>10.1f}"

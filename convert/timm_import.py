@@ -42,7 +42,7 @@ def import_timm() -> "ModuleType":
 
 
 def create_timm_model(config: DPNConfig) -> "torch.nn.Module":
-    """timm's model of an architecture, freshly initialised, in eval mode.
+    """timm's model of an architecture, freshly initialized, in eval mode.
 
     Args:
       config: a variant's, with any head and input, or a custom one that timm's `DPN` can express.

@@ -30,7 +30,7 @@ def main(
     Args:
       source: a file (.safetensors, .pth, .bin), a tag, a hub id, or timm:NAME to ask timm.
       destination: the .safetensors file to write.
-      model: the variant, when it should not be recognised from the file.
+      model: the variant, when it should not be recognized from the file.
       force: overwrite an existing destination.
       allow_nonfinite: take NaN, infinity and negative running variances.
       untrained: with timm:NAME, timm's random initial weights, to try things out where there is no network.

@@ -19,8 +19,9 @@ import dpn_jax
 from convert.command import run
 from convert.timm_import import create_timm_model
 from dpn_jax.checkpoint.load import convert, open_checkpoint
-from dpn_jax.config import default_preprocessing, variant_of
+from dpn_jax.config import variant_of
 from dpn_jax.images.transform import Transform
+from dpn_jax.pretrained import default_preprocessing
 
 BOUNDS = {"float64": 1e-10, "float32": 1e-5}
 
@@ -51,9 +52,9 @@ def compare(checkpoint: str | Path, images: np.ndarray, dtype: str, *, model: st
 
     Args:
       checkpoint: timm's file or ours, a tag or a hub id.
-      images: `[B, H, W, C]`, normalised.
+      images: `[B, H, W, C]`, normalized.
       dtype: 'float32' or 'float64', of weights and arithmetic.
-      model: the variant, when it should not be recognised from the file.
+      model: the variant, when it should not be recognized from the file.
 
     Returns:
       The stem, each stage, the features, the pooled features, the logits and the five best classes.
@@ -120,7 +121,7 @@ def main(
     Args:
       checkpoint: timm's file or ours, a tag or a hub id.
       photos: what to run on; a batch of two noise images where none is given.
-      model: the variant, when it should not be recognised from the file.
+      model: the variant, when it should not be recognized from the file.
       size: side of the images, pixels; the weights' own when left out.
       seed: of the noise.
     """

@@ -7,13 +7,9 @@ from collections.abc import Iterable
 POOLS = ("avg", "max", "avgmax", "catavgmax", "")
 ACTIVATIONS = ("relu", "silu")
 
-DPN_MEAN = (124 / 255, 117 / 255, 104 / 255)
-DPN_STD = (1 / (0.0167 * 255),) * 3
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
-
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
+    """Whether a value is an integer, and no boolean."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -88,7 +84,7 @@ class DPNConfig:
         for name in ("depths", "dense_increments"):
             value = getattr(self, name)
             object.__setattr__(self, name, tuple(value))
-            if not value or not all(_is_int(item) and item > 0 for item in value):
+            if not value or not all(is_int(item) and item > 0 for item in value):
                 raise ValueError(f"{name} must be positive integers, one a stage, got {value!r}")
         if len(self.depths) != len(self.dense_increments):
             raise ValueError(
@@ -96,17 +92,17 @@ class DPNConfig:
             )
         for name in ("bottleneck_width", "groups", "residual_width", "stem_features", "in_channels"):
             value = getattr(self, name)
-            if not _is_int(value) or value < 1:
+            if not is_int(value) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if self.bottleneck_width % self.groups:
             raise ValueError(
                 f"bottleneck_width must be a multiple of groups, got {self.bottleneck_width} and {self.groups}"
             )
-        if not _is_int(self.stem_kernel) or self.stem_kernel < 1 or self.stem_kernel % 2 == 0:
+        if not is_int(self.stem_kernel) or self.stem_kernel < 1 or self.stem_kernel % 2 == 0:
             raise ValueError(f"stem_kernel must be an odd positive integer, got {self.stem_kernel!r}")
         for name in ("num_classes", "test_time_pool"):
             value = getattr(self, name)
-            if not _is_int(value) or value < 0:
+            if not is_int(value) or value < 0:
                 raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
         if self.outer_activation not in ACTIVATIONS:
             raise ValueError(f"outer_activation must be one of {ACTIVATIONS}, got {self.outer_activation!r}")
@@ -157,7 +153,7 @@ class DPNConfig:
         if len(shape) != 4 or shape[-1] != self.in_channels or 0 in shape:
             raise ValueError(f"images must be [B, H, W, {self.in_channels}], got {list(shape)}")
         if "float" not in str(dtype):
-            raise ValueError(f"images must be normalised floats (see dpn_jax.preprocessing), got {dtype}")
+            raise ValueError(f"images must be normalized floats (see dpn_jax.preprocessing), got {dtype}")
 
     def multiply_adds(self, height: int = 224, width: int = 224) -> int:
         """Multiply-adds of every convolution for one image (what the field reports as MACs).
@@ -223,96 +219,6 @@ VARIANTS: dict[str, DPNConfig] = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Preprocessing:
-    """How images are prepared for a set of weights (timm's `pretrained_cfg`).
-
-    Args:
-      image_size: side of the square that the network sees, pixels.
-      crop_fraction: the image's shorter side is resized to `floor(image_size / crop_fraction)` before the centre crop.
-      interpolation: 'bicubic', 'bilinear', 'lanczos' or 'nearest'.
-      mean, std: per-channel normalisation of values in [0, 1].
-    """
-
-    image_size: int = 224
-    crop_fraction: float = 0.875
-    interpolation: str = "bicubic"
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-
-    def __post_init__(self) -> None:
-        for name in ("mean", "std"):
-            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
-        if not _is_int(self.image_size) or self.image_size < 32:
-            raise ValueError(f"image_size must be an integer of at least 32 pixels, got {self.image_size!r}")
-        if not 0 < self.crop_fraction <= 1:
-            raise ValueError(f"crop_fraction must be in (0, 1], got {self.crop_fraction!r}")
-        if self.interpolation not in ("bicubic", "bilinear", "lanczos", "nearest"):
-            raise ValueError(f"interpolation must be bicubic, bilinear, lanczos or nearest, got {self.interpolation!r}")
-        if len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
-            raise ValueError(f"mean and std must be equally long and std positive, got {self.mean!r} and {self.std!r}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainedTag:
-    """A variant with published weights.
-
-    Args:
-      variant: the architecture's name in `VARIANTS`.
-      preprocessing: how timm evaluates these weights.
-      test_preprocessing: how timm evaluates them with `use_test_size`, where that differs.
-      top1, top5: accuracy with `preprocessing`, percent: the published one on ImageNet-1k (timm
-        `results/results-imagenet.csv`), or on what `data` names.
-      num_classes: width of the classifier.
-      packaged: name of the file where it comes with this package; the others are on the hub.
-      data: what the weights were trained for.
-    """
-
-    variant: str
-    preprocessing: Preprocessing
-    test_preprocessing: Preprocessing | None = None
-    top1: float
-    top5: float
-    num_classes: int = 1000
-    packaged: str | None = None
-    data: str = "ImageNet-1k"
-
-    @property
-    def config(self) -> DPNConfig:
-        """The architecture of the published weights."""
-        return VARIANTS[self.variant].replace(num_classes=self.num_classes)
-
-
-_MX = Preprocessing(mean=DPN_MEAN, std=DPN_STD)
-_RA = Preprocessing(crop_fraction=0.95)
-
-PRETRAINED: dict[str, PretrainedTag] = {
-    "dpn68.mx_in1k": PretrainedTag(variant="dpn68", preprocessing=_MX, top1=76.304, top5=92.994),
-    "dpn68b.mx_in1k": PretrainedTag(variant="dpn68b", preprocessing=_MX, top1=77.494, top5=93.834),
-    "dpn68b.ra_in1k": PretrainedTag(
-        variant="dpn68b",
-        preprocessing=_RA,
-        test_preprocessing=dataclasses.replace(_RA, image_size=288, crop_fraction=1.0),
-        top1=78.546,
-        top5=93.982,
-    ),
-    "dpn92.mx_in1k": PretrainedTag(variant="dpn92", preprocessing=_MX, top1=80.032, top5=94.876),
-    "dpn98.mx_in1k": PretrainedTag(variant="dpn98", preprocessing=_MX, top1=79.664, top5=94.644),
-    "dpn131.mx_in1k": PretrainedTag(variant="dpn131", preprocessing=_MX, top1=79.836, top5=94.708),
-    "dpn107.mx_in1k": PretrainedTag(variant="dpn107", preprocessing=_MX, top1=80.166, top5=94.932),
-    # trained by recipes/dpn_tiny_digits.md
-    "dpn_tiny.digits": PretrainedTag(
-        variant="dpn_tiny",
-        preprocessing=Preprocessing(image_size=32, crop_fraction=1.0),
-        top1=99.15,
-        top5=100.0,
-        num_classes=10,
-        packaged="dpn_tiny_digits.safetensors",
-        data="digits",
-    ),
-}
-
-
 def list_models() -> list[str]:
     """Names of the architectures that `create_model` knows.
 
@@ -323,59 +229,16 @@ def list_models() -> list[str]:
     return list(VARIANTS)
 
 
-def list_pretrained() -> list[str]:
-    """Tags of the published weights that `from_pretrained` knows.
-
-    Example:
-      >>> list_pretrained()[3]
-      'dpn92.mx_in1k'
-    """
-    return list(PRETRAINED)
-
-
 def variant_of(config: DPNConfig) -> str | None:
     """The variant whose body an architecture has, whatever its input, pooling and classifier; None for a custom one.
 
     Example:
-      >>> variant_of(get_config("dpn92").replace(num_classes=5, in_channels=1))
+      >>> variant_of(VARIANTS["dpn92"].replace(num_classes=5, in_channels=1))
       'dpn92'
     """
     ends = ("num_classes", "in_channels", "global_pool", "drop_rate", "test_time_pool")
     body = config.replace(**{name: getattr(VARIANTS["dpn92"], name) for name in ends})
     return next((name for name, variant in VARIANTS.items() if variant == body), None)
-
-
-def default_preprocessing(config: DPNConfig) -> Preprocessing:
-    """What timm assumes for weights of which only the architecture is known: the variant's default tag's.
-
-    Example:
-      >>> default_preprocessing(get_config("dpn68b")) == PRETRAINED["dpn68b.ra_in1k"].preprocessing
-      True
-    """
-    tags = [tag for tag in PRETRAINED.values() if tag.variant == variant_of(config)]
-    preprocessing = tags[-1].preprocessing if tags else Preprocessing()
-    if config.in_channels != 3:
-        mean, std = sum(preprocessing.mean) / 3, sum(preprocessing.std) / 3
-        channels = config.in_channels
-        preprocessing = dataclasses.replace(preprocessing, mean=(mean,) * channels, std=(std,) * channels)
-    return preprocessing
-
-
-def get_config(name: str) -> DPNConfig:
-    """The configuration of a variant or pretrained tag.
-
-    Raises:
-      ValueError: the name is not known; the message suggests the nearest ones.
-
-    Example:
-      >>> get_config("dpn92").num_features
-      2688
-    """
-    if name in PRETRAINED:
-        return PRETRAINED[name].config
-    if name not in VARIANTS:
-        raise ValueError(unknown_name_message(name, [*VARIANTS, *PRETRAINED]))
-    return VARIANTS[name]
 
 
 def unknown_name_message(name: object, known: Iterable[str]) -> str:

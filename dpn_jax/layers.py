@@ -67,7 +67,7 @@ class Conv(nnx.Module):
         # how it is written; `fast.fast_apply` sets what the backend runs best
         self.formulation = Native()
         self.matmul = False
-        initialise(self, rngs)
+        initialize(self, rngs)
 
     def __call__(self, x: Features) -> jax.Array:
         """Maps `[B, H, W, in_channels]`, whole or in parts, to `[B, H', W', out_channels]`."""
@@ -94,12 +94,12 @@ class Conv(nnx.Module):
 class NormAct(nnx.Module):
     """Batch norm, then an activation, with torch's conventions.
 
-    In training it normalises with the batch's biased variance and moves the running variance towards the unbiased one,
+    In training it normalizes with the batch's biased variance and moves the running variance towards the unbiased one,
     as torch does (Flax's BatchNorm moves it towards the biased one). The variance takes two passes: `E[x^2] - E[x]^2`
     can come out negative. Statistics are computed in float32 at least.
 
     Args:
-      channels: channels normalised.
+      channels: channels normalized.
       activation: 'relu' or 'silu'.
       epsilon: added to the variance; every DPN uses 1e-3.
       momentum: share of the old running statistics kept at a training step; torch's momentum 0.1 is 0.9 here.
@@ -135,10 +135,10 @@ class NormAct(nnx.Module):
         self.use_running_average = False  # switched by model.train() and model.eval()
         # how it is differentiated; `fast.fast_apply` sets what the backend runs best
         self.matmul = False
-        initialise(self, rngs)
+        initialize(self, rngs)
 
     def __call__(self, x: Features) -> Features:
-        """Normalises and activates `x`, whole or in parts.
+        """Normalizes and activates `x`, whole or in parts.
 
         Raises:
           ValueError: training on a single value per channel, whose variance is not defined.
@@ -148,10 +148,10 @@ class NormAct(nnx.Module):
         mean, var = self._batch_statistics(parts) if own else self.running_statistics()
         vectors = (mean, var, self.scale[...].astype(mean.dtype), self.bias[...].astype(mean.dtype))
         vectors_of_parts = zip(*(split_channels(vector, x) for vector in vectors), strict=True)
-        normalise = functools.partial(_normalise_matmul if self.matmul else _normalise, self.epsilon, own)
+        normalize = functools.partial(_normalize_matmul if self.matmul else _normalize, self.epsilon, own)
         activate = ACTIVATIONS[self.activation]
         outputs = [
-            activate(normalise(part.astype(mean.dtype), *vectors)).astype(self.dtype)
+            activate(normalize(part.astype(mean.dtype), *vectors)).astype(self.dtype)
             for part, vectors in zip(parts, vectors_of_parts, strict=True)
         ]
         return jax.tree.unflatten(structure, outputs)
@@ -169,7 +169,7 @@ class NormAct(nnx.Module):
         for part in parts:
             part = part.astype(at_least_float32(part.dtype))
             if self.matmul:
-                part = lax.stop_gradient(part)  # `_normalise_matmul` knows how they depend on it
+                part = lax.stop_gradient(part)  # `_normalize_matmul` knows how they depend on it
             means.append(channel_sum(part, matmul=self.matmul) / count)
             variances.append(channel_sum(jnp.square(part - means[-1]), matmul=self.matmul) / count)
         mean, var = jnp.concatenate(means), jnp.concatenate(variances)
@@ -216,16 +216,16 @@ class NormActConv(nnx.Module):
         return self.conv(self.norm(x))
 
 
-def _normalise(
+def _normalize(
     epsilon: float, own: bool, x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> jax.Array:
     """Batch norm of one part; `own` tells that mean and variance are those of `x`."""
-    # scaling the centred values, not shifting the scaled ones, keeps the digits where mean >> standard deviation
+    # scaling the centerd values, not shifting the scaled ones, keeps the digits where mean >> standard deviation
     return (x - mean) * (scale * lax.rsqrt(var + epsilon)) + bias
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _normalise_matmul(
+def _normalize_matmul(
     epsilon: float, own: bool, x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> jax.Array:
     """The same with a gradient of its own: two sums over the pixels, where autodiff takes five. With `own` all of the
@@ -233,28 +233,28 @@ def _normalise_matmul(
 
     What is one number a channel is computed apart (`fenced`), not once more for each pixel.
     """
-    return _normalise_forward(epsilon, own, x, mean, var, scale, bias)[0]
+    return _normalize_forward(epsilon, own, x, mean, var, scale, bias)[0]
 
 
-def _normalise_forward(
+def _normalize_forward(
     epsilon: float, own: bool, x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     mean, bias, scale, root, gain = fenced(_forward_vectors, epsilon=epsilon)(mean, var, scale, bias)
     return (x - mean) * gain + bias, (x, mean, scale, root, gain)
 
 
-def _normalise_backward(
+def _normalize_backward(
     epsilon: float, own: bool, kept: tuple[jax.Array, ...], gradient: jax.Array
 ) -> tuple[jax.Array, ...]:
     x, mean, scale, root, gain = kept
-    centred = x - mean
+    centerd = x - mean
     of_bias = channel_sum(gradient, matmul=True)
-    of_gain = channel_sum(gradient * centred, matmul=True)
+    of_gain = channel_sum(gradient * centerd, matmul=True)
     vectors = fenced(_backward_vectors, count=x.size // x.shape[-1])(of_bias, of_gain, scale, root)
     of_mean, of_var, constant, slope, of_scale, of_bias = vectors
     of_x = gradient * gain
     if own:
-        of_x = of_x + (constant + centred * slope)
+        of_x = of_x + (constant + centerd * slope)
         of_mean, of_var = jnp.zeros_like(mean), jnp.zeros_like(mean)
     return of_x, of_mean, of_var, of_scale, of_bias
 
@@ -274,7 +274,7 @@ def _backward_vectors(
     return of_mean, of_var, of_mean / count, of_var * (2 / count), of_gain * root, of_bias
 
 
-_normalise_matmul.defvjp(_normalise_forward, _normalise_backward)
+_normalize_matmul.defvjp(_normalize_forward, _normalize_backward)
 
 
 def channel_sum(x: jax.Array, *, matmul: bool = False) -> jax.Array:
@@ -295,7 +295,7 @@ def channel_sum(x: jax.Array, *, matmul: bool = False) -> jax.Array:
     return sum_by_product(sums, axes=2)
 
 
-def initialise(module: nnx.Module, rngs: nnx.Rngs | None) -> None:
+def initialize(module: nnx.Module, rngs: nnx.Rngs | None) -> None:
     """Gives the parameters of every `Conv` and `NormAct` in a module their initial values.
 
     One program makes them all: compiling a random draw for each shape takes half a minute for a DPN-92.

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dpn_jax.config import DPNConfig, Preprocessing, StageConfig, get_config
-from dpn_jax.layers import Conv, NormAct, NormActConv, fork, global_pool, initialise, max_pool, window_average
+from dpn_jax.config import DPNConfig, StageConfig
+from dpn_jax.layers import Conv, NormAct, NormActConv, fork, global_pool, initialize, max_pool, window_average
+from dpn_jax.pretrained import Provenance, get_config
 
 
 class DualPath(NamedTuple):
@@ -22,21 +23,6 @@ class DualPath(NamedTuple):
     """`[B, H, W, R]`: blocks add to it."""
     dense: jax.Array
     """`[B, H, W, D]`: blocks append to it."""
-
-
-class Provenance(NamedTuple):
-    """Where a model's weights come from; kept when it is saved. Every field may be unknown (None)."""
-
-    source: str | None = None
-    """A tag, hub id or file name."""
-    sha256: str | None = None
-    """SHA-256 of the file that the weights were read from, in hexadecimal."""
-    preprocessing: Preprocessing | None = None
-    """How images must be prepared."""
-    class_names: tuple[str, ...] | None = None
-    """What the logits mean, where that is not ImageNet-1k."""
-    files: tuple[tuple[str, int, int], ...] = ()
-    """The files that were read (path, bytes, nanoseconds of the last change), to hash them when the model is saved."""
 
 
 class Stem(nnx.Module):
@@ -167,7 +153,7 @@ class DPN(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs | None,
     ) -> None:
-        # abstract first: `initialise` gives all parts their values at once
+        # abstract first: `initialize` gives all parts their values at once
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": None}
         self.stem = Stem(config, **options)
         self.stages = nnx.List(
@@ -184,13 +170,13 @@ class DPN(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.param_dtype = jnp.dtype(param_dtype)
         self.remat = remat
-        initialise(self, rngs)
+        initialize(self, rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Classifies images.
 
         Args:
-          images: `[B, H, W, in_channels]`, normalised floats, at least 32 pixels a side to leave one feature each.
+          images: `[B, H, W, in_channels]`, normalized floats, at least 32 pixels a side to leave one feature each.
 
         Returns:
           Logits `[B, num_classes]`; with `global_pool=""` `[B, H/32, W/32, num_classes]`; with `num_classes=0` the
@@ -318,7 +304,7 @@ def create_model(
     rngs: nnx.Rngs | None = None,
     **changes: object,
 ) -> DPN:
-    """A freshly initialised DPN, in training mode.
+    """A freshly initialized DPN, in training mode.
 
     Args:
       name: a variant ('dpn92'), a pretrained tag (its architecture only; weights come from `from_pretrained`) or a

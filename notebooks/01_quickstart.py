@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -63,7 +65,7 @@ model.config
 # %% [markdown]
 # ## What the network sees
 #
-# The transform is timm's, bit for bit: resize the shorter side, crop the centre, normalise.
+# The transform is timm's, bit for bit: resize the shorter side, crop the center, normalize.
 
 # %%
 transform = dpn_jax.preprocessing(TAG)

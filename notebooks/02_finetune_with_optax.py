@@ -42,7 +42,7 @@ from sklearn.metrics import ConfusionMatrixDisplay
 
 import dpn_jax
 from dpn_jax import finetune
-from dpn_jax.config import get_config
+from dpn_jax.pretrained import get_config
 from recipes import digits_folder
 
 work = Path(tempfile.mkdtemp())
@@ -95,7 +95,7 @@ plt.show()
 # compile and less time for each step.
 #
 # Both loops get the same weights and the same batches for an epoch, in float64, so that rounding hides nothing. Float
-# images count as normalised already.
+# images count as normalized already.
 
 # %%
 plain = dataclasses.replace(
@@ -150,7 +150,7 @@ np.testing.assert_allclose(by_library, by_hand, atol=1e-6)
 # ## The loop from here on
 #
 # `train_step` and `eval_step` are pure functions of a `TrainState`. They return sums, so that batches can be added up.
-# The loss of `train_step` is the one that is minimised, with label smoothing; that of `eval_step` is without.
+# The loss of `train_step` is the one that is minimized, with label smoothing; that of `eval_step` is without.
 
 
 # %%
@@ -196,7 +196,7 @@ dpn_jax.save(state.model(), work / "low.safetensors")
 # ## Freezing: the classifier alone, or everything
 #
 # From these weights to all ten digits: five of the classes are new. `freeze="backbone"` trains the classifier alone;
-# the statistics of frozen norms are kept too. `norms="frozen"` trains everything, but normalises with the running
+# the statistics of frozen norms are kept too. `norms="frozen"` trains everything, but normalizes with the running
 # statistics that the weights came with.
 
 # %%
@@ -224,10 +224,10 @@ for name, change in choices.items():
 def draw(names: tuple[str, str]) -> None:
     _, axes = plt.subplots(1, 2, figsize=(11, 3.5), layout="constrained")
     for axis, measure in zip(axes, ("loss", "accuracy"), strict=True):
-        for name, colour in zip(names, ("tab:orange", "tab:blue"), strict=True):
+        for name, color in zip(names, ("tab:orange", "tab:blue"), strict=True):
             for split, style in (("train", "--"), ("val", "-")):
                 values = histories[name][f"{split} {measure}"]
-                axis.plot(range(1, len(values) + 1), values, style, color=colour, label=f"{name}: {split}")
+                axis.plot(range(1, len(values) + 1), values, style, color=color, label=f"{name}: {split}")
         axis.set(xlabel="epoch", title=measure)
         axis.grid(alpha=0.3)
     axes[1].legend()
@@ -246,7 +246,7 @@ assert 0.7 < final["classifier alone"] < final["everything, live norms"] - 0.03
 # %% [markdown]
 # ## Norm statistics: live or frozen
 #
-# Live norms normalise with the batch, and their running statistics, which validation uses, have moved (printed above).
+# Live norms normalize with the batch, and their running statistics, which validation uses, have moved (printed above).
 # Frozen ones use the running statistics of 0 to 4 throughout. Here both lead to about the same accuracy.
 
 # %%

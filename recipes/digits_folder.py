@@ -1,6 +1,6 @@
 """Writes scikit-learn's handwritten digits as a folder of class folders: `python -m recipes.digits_folder digits`.
 
-1,797 pictures of 8x8 pixels with 17 greys (UCI "Optical Recognition of Handwritten Digits", CC BY 4.0), four times
+1,797 pictures of 8x8 pixels with 17 grays (UCI "Optical Recognition of Handwritten Digits", CC BY 4.0), four times
 enlarged: `train/<digit>/` and, every fifth of each digit, `val/<digit>/`.
 """
 

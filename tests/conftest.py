@@ -27,8 +27,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """What a test runs is compiled in half the time, for slower code; in full where it is marked `optimised`."""
-    hurry = item.get_closest_marker("optimised") is None
+    """What a test runs is compiled in half the time, for slower code; in full where it is marked `optimized`."""
+    hurry = item.get_closest_marker("optimized") is None
     jax.config.update("jax_disable_most_optimizations", hurry)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(hurry))  # for the processes that a test starts
 

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from dpn_jax import config
+from dpn_jax import config, pretrained
 from dpn_jax.checkpoint.names import table
 
 
@@ -20,7 +20,7 @@ from dpn_jax.checkpoint.names import table
     ],
 )
 def test_sizes_are_the_published_ones(name: str, millions: float, gmacs: float) -> None:
-    variant = config.get_config(name)
+    variant = pretrained.get_config(name)
     parameters = sum(math.prod(entry.timm_shape) for entry in table(variant) if entry.is_parameter)
     assert round(parameters / 1e6, 2) == millions
     assert variant.multiply_adds() / 1e9 == pytest.approx(gmacs, rel=0.02)
@@ -70,7 +70,7 @@ def test_catavgmax_cannot_be_pooled_at_test_time() -> None:
 )
 def test_preprocessing_out_of_range_is_named(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
-        config.Preprocessing(**{field: value})
+        pretrained.Preprocessing(**{field: value})
 
 
 def test_configs_are_hashable_and_frozen() -> None:
@@ -88,4 +88,4 @@ def test_lists_become_tuples() -> None:
 )
 def test_unknown_names_suggest_near_ones(typed: str, suggested: str) -> None:
     with pytest.raises(ValueError, match=rf"unknown model '{typed}'.*{suggested}"):
-        config.get_config(typed)
+        pretrained.get_config(typed)

@@ -1,6 +1,7 @@
 """The library stands alone: no torch, no timm, imports one way."""
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -26,12 +27,22 @@ sys.meta_path.insert(0, Block())
 TORCH = ("torch", "timm", "torchvision")
 EXTRAS = ("orbax", "grain", "tensorboardX", "matplotlib", "etils")
 
-LAYERS = [
-    {"config"},
-    {"layers", "model", "fast", "checkpoint", "images", "inference", "finetune"},
-    {"cli"},
-    {"__main__"},
+ORDER = [
+    "config",
+    "pretrained",
+    "errors",
+    "layers",
+    "model",
+    "checkpoint",
+    "images",
+    "fast",
+    "inference",
+    "explain",
+    "finetune",
+    "cli",
+    "__main__",
 ]
+"""The house from top to bottom, as in README's map: each imports only what stands before it."""
 
 
 def run(script: str, blocked: tuple[str, ...]) -> None:
@@ -60,21 +71,30 @@ def test_importing_touches_no_network_library_and_no_device() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=environment)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_imports_run_one_way(name: str) -> None:
-    if name == "dpn_jax.__init__":
-        return
-    layer = name.split(".")[1]  # a sub-package is one layer
-    level = next(level for level, names in enumerate(LAYERS) if layer in names)
-    inside = {layer} if (PACKAGE / layer).is_dir() else set()
-    allowed = set.union(inside, *LAYERS[:level])
+def imported(name: str) -> set[str]:
+    """The modules of this package that a module imports, wherever in its text."""
     path = PACKAGE.parent.joinpath(*name.split(".")).with_suffix(".py")
-    imported = {
-        node.module.split(".")[1]
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dpn_jax.")
-    }
-    assert imported <= allowed, f"{name} imports {sorted(imported - allowed)}"
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "dpn_jax":
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} & set(MODULES) or {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "dpn_jax"}
+    return found - {"dpn_jax"}
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"dpn_jax.__init__"}))
+def test_imports_run_one_way(name: str) -> None:
+    place = ORDER.index(name.split(".")[1])
+    backwards = {other for other in imported(name) if ORDER.index(other.split(".")[1]) > place}
+    assert not backwards, f"{name} imports {sorted(backwards)}"
+
+
+@pytest.mark.parametrize("package", [name for name in ORDER if (PACKAGE / name).is_dir()])
+def test_no_circle_within_a_package(package: str) -> None:
+    inside = {name for name in MODULES if name.startswith(f"dpn_jax.{package}.") and not name.endswith("__init__")}
+    graph = {name: imported(name) & inside for name in inside}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 def test_public_names_are_there() -> None:

@@ -32,14 +32,14 @@ def test_the_gradient_of_its_own_is_autodiffs(own: bool) -> None:
     x = jax.random.normal(jax.random.key(0), (2, 5, 7, 3))
     vectors = list(jax.random.uniform(jax.random.key(1), (4, 3)))  # mean, variance, scale, bias
 
-    def loss(normalise: Callable[..., jax.Array], x: jax.Array, vectors: list[jax.Array]) -> jax.Array:
+    def loss(normalize: Callable[..., jax.Array], x: jax.Array, vectors: list[jax.Array]) -> jax.Array:
         if own:
             vectors = [x.mean(axis=(0, 1, 2)), x.var(axis=(0, 1, 2)), *vectors[2:]]
-        return jnp.sin(normalise(1e-3, own, x, *vectors)).sum()
+        return jnp.sin(normalize(1e-3, own, x, *vectors)).sum()
 
     got, expected = (
-        jax.grad(functools.partial(loss, normalise), argnums=(0, 1))(x, vectors)
-        for normalise in (layers._normalise_matmul, layers._normalise)
+        jax.grad(functools.partial(loss, normalize), argnums=(0, 1))(x, vectors)
+        for normalize in (layers._normalize_matmul, layers._normalize)
     )
     for mine, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5)

@@ -148,7 +148,7 @@ def test_reset_classifier_needs_rngs(model: dpn_jax.DPN) -> None:
         ((32, 32, 3), "float32", r"\[B, H, W, 3\], got \[32, 32, 3\]"),
         ((1, 3, 32, 32), "float32", r"got \[1, 3, 32, 32\]"),
         ((0, 32, 32, 3), "float32", r"got \[0, 32, 32, 3\]"),
-        ((1, 32, 32, 3), "uint8", "normalised floats.*uint8"),
+        ((1, 32, 32, 3), "uint8", "normalized floats.*uint8"),
     ],
 )
 def test_wrong_images_are_refused(model: dpn_jax.DPN, shape: tuple[int, ...], dtype: str, message: str) -> None:

@@ -25,7 +25,7 @@ def test_text_and_notebook_agree(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.optimised
+@pytest.mark.optimized
 @pytest.mark.filterwarnings("ignore")  # of the Jupyter machinery; the notebook runs in a process of its own
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

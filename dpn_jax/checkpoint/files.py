@@ -21,7 +21,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from dpn_jax.checkpoint.names import CheckpointError, Shape
+from dpn_jax.checkpoint.names import Shape
+from dpn_jax.errors import CheckpointError, reason
 
 # safetensors' names, in the order in which its own writer sorts tensors (widest first, so that all are aligned)
 _DTYPES: dict[np.dtype, str] = {
@@ -121,7 +122,7 @@ def read_tensors(path: Path) -> TensorFile:
     try:
         return _without_prefixes(_read_sharded(path) if path.name.endswith(".json") else _read_file(path))
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+        raise CheckpointError(f"{path}: {reason(error)}") from error
 
 
 def _read_file(path: Path) -> TensorFile:
@@ -148,7 +149,7 @@ def _read_safetensors(path: Path) -> TensorFile:
         header.pop("__metadata__", None)
         tensors = {name: _lazy_mapped(mapped, start, **fields) for name, fields in header.items()}
     except (safetensors.SafetensorError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({_one_line(error)})") from error
+        raise CheckpointError(f"{path}: not a readable safetensors file ({reason(error)})") from error
     return TensorFile(tensors, paths=(path,), metadata=metadata)
 
 
@@ -177,7 +178,7 @@ def _read_sharded(path: Path) -> TensorFile:
         if not names or any(Path(name).name != name for name in names):
             raise ValueError("it names files outside its folder")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not an index of sharded safetensors ({_one_line(error)})") from error
+        raise CheckpointError(f"{path}: not an index of sharded safetensors ({reason(error)})") from error
     tensors: dict[str, LazyTensor] = {}
     for name in names:
         for tensor, value in _read_file(path.with_name(name)).items():
@@ -201,9 +202,7 @@ def _read_torch(path: Path) -> TensorFile:
                 warnings.simplefilter("ignore")  # an error says it all
                 content = torch.load(path if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{path}: refused: more than tensors in it, or damaged ({_one_line(error)})"
-            ) from error
+            raise CheckpointError(f"{path}: refused: more than tensors in it, or damaged ({reason(error)})") from error
         notes = []
         for _ in range(2):  # a pickle can contain itself
             wrappers = _WRAPPERS if isinstance(content, Mapping) else ()
@@ -219,7 +218,7 @@ def _read_torch(path: Path) -> TensorFile:
     except CheckpointError:
         raise
     except Exception as error:  # torch's readers raise whatever a damaged file makes them stumble over
-        raise CheckpointError(f"{path}: not a readable PyTorch file ({_one_line(error)})") from error
+        raise CheckpointError(f"{path}: not a readable PyTorch file ({reason(error)})") from error
     return TensorFile(tensors, paths=(path,), notes=tuple(notes))
 
 
@@ -273,12 +272,12 @@ def write_tensors(
     try:
         if not overwrite and path.exists():
             raise CheckpointError(f"{path}: exists already; overwrite it with --force (overwrite=True)")
-        write_atomically(path, _serialised(tensors, metadata))
+        write_atomically(path, _serialized(tensors, metadata))
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise CheckpointError(f"{path}: cannot be written ({reason(error)})") from error
 
 
-def _serialised(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+def _serialized(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
     order = sorted(tensors, key=lambda name: (_DTYPE_ORDER.index(tensors[name].dtype), name))
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
@@ -321,7 +320,3 @@ def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def _one_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from dpn_jax.checkpoint.names import CheckpointError
-from dpn_jax.config import POOLS, PRETRAINED, VARIANTS, Preprocessing, unknown_name_message
+from dpn_jax.config import POOLS, VARIANTS, unknown_name_message
+from dpn_jax.errors import CheckpointError, reason
+from dpn_jax.pretrained import PRETRAINED, Preprocessing
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # timm's order of preference
 _PREFIXES = ("hf-hub:", "hf_hub:")
@@ -54,7 +55,7 @@ def locate(source: str | Path, *, revision: str | None = None) -> Located:
         if isinstance(source, Path) or (not is_hub_id and (path.exists() or _looks_like_file(name))):
             return _local_folder(path) if path.is_dir() else Located(path, source=path.name)
     except OSError as error:  # such as a name that is too long
-        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+        raise CheckpointError(f"{path}: {reason(error)}") from error
     if name in PRETRAINED:
         if packaged := PRETRAINED[name].packaged:
             return Located(Path(__file__).with_name(packaged), source=name)
@@ -139,8 +140,7 @@ def _download(repository: str, revision: str | None) -> Located:
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(f"{repository}: no such repository on the hub, or a private one") from error
     except Exception as error:  # whatever the client or the HTTP library below it (three so far) lets through
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{repository}: the download failed: {reason[:200]}") from error
+        raise CheckpointError(f"{repository}: the download failed: {reason(error)}") from error
     commit = weights.parent.name  # .../snapshots/<commit>/<file>
     return Located(weights, source=f"{repository}@{commit}", **described)
 

@@ -17,19 +17,11 @@ from flax import nnx
 
 from dpn_jax.checkpoint.files import FileStamp, LazyTensor, TensorFile, read_tensors, sha256, write_tensors
 from dpn_jax.checkpoint.hub import locate, promised_sha256
-from dpn_jax.checkpoint.names import (
-    CheckpointError,
-    Entry,
-    check,
-    infer_config,
-    is_timm,
-    table,
-    to_flax,
-    to_timm,
-    with_ends_of,
-)
-from dpn_jax.config import DPNConfig, Preprocessing, get_config
-from dpn_jax.model import DPN, Provenance
+from dpn_jax.checkpoint.names import Entry, check, infer_config, is_timm, table, to_flax, to_timm, with_ends_of
+from dpn_jax.config import DPNConfig
+from dpn_jax.errors import CheckpointError, reason
+from dpn_jax.model import DPN
+from dpn_jax.pretrained import Preprocessing, Provenance, get_config
 
 logger = logging.getLogger("dpn_jax")
 
@@ -156,9 +148,9 @@ def from_pretrained(
     Args:
       source: a tag ('dpn92.mx_in1k'), a hub id ('timm/dpn92.mx_in1k', 'hf-hub:you/your-dpn'), timm's or our own file
         (.safetensors, the .index.json of a sharded one, .pth, .bin), or a folder with config.json and weights.
-      model: the variant or config, when it should not be recognised from the file.
-      num_classes: another number than the file's gets a freshly initialised classifier; 0 none.
-      in_channels: another number than the file's adapts the first convolution by timm's rule: 1 sums the colours, N
+      model: the variant or config, when it should not be recognized from the file.
+      num_classes: another number than the file's gets a freshly initialized classifier; 0 none.
+      in_channels: another number than the file's adapts the first convolution by timm's rule: 1 sums the colors, N
         repeats them and scales by 3/N.
       global_pool, drop_rate, test_time_pool: see `DPNConfig`.
       dtype: dtype of the arithmetic.
@@ -279,7 +271,7 @@ def convert(
         if any(destination.exists() and path.samefile(destination) for path in checkpoint.file.paths):
             raise CheckpointError(f"{destination}: is the source itself; name another file")
     except OSError as error:
-        raise CheckpointError(f"{destination}: {error.strerror or error}") from error
+        raise CheckpointError(f"{destination}: {reason(error)}") from error
     checkpoint.verify_download()
     if not allow_nonfinite:
         checkpoint.check_values(dtype)
@@ -308,7 +300,7 @@ def adapt_input_channels(kernel: np.ndarray, in_channels: int) -> np.ndarray:
 
     Args:
       kernel: `[H, W, 3, O]`.
-      in_channels: 1 sums the colours; N repeats them in order, cut off at N, and scales by 3/N.
+      in_channels: 1 sums the colors; N repeats them in order, cut off at N, and scales by 3/N.
 
     Returns:
       `[H, W, in_channels, O]`, of the same dtype.
@@ -318,11 +310,11 @@ def adapt_input_channels(kernel: np.ndarray, in_channels: int) -> np.ndarray:
 
     Source: `timm.models._manipulate.adapt_input_conv`.
     """
-    colours = kernel.shape[2]
-    if colours == in_channels:
+    colors = kernel.shape[2]
+    if colors == in_channels:
         return kernel
-    if colours != 3:
-        raise ValueError(f"in_channels={in_channels} can be adapted from 3 channels, but the weights read {colours}")
+    if colors != 3:
+        raise ValueError(f"in_channels={in_channels} can be adapted from 3 channels, but the weights read {colors}")
     wide = kernel.astype(np.promote_types(kernel.dtype, np.float32) if kernel.dtype.kind == "f" else np.float32)
     if in_channels == 1:
         adapted = wide.sum(axis=2, keepdims=True)

@@ -12,29 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from dpn_jax.config import VARIANTS, DPNConfig, variant_of
+from dpn_jax.errors import CheckpointError
 
 Shape = tuple[int, ...]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or does not fit; the first line of the message says why and what to do.
-
-    Attributes:
-      missing, unknown, misshaped: every tensor at fault, sorted, where that is the reason.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        missing: tuple[str, ...] = (),
-        unknown: tuple[str, ...] = (),
-        misshaped: tuple[str, ...] = (),
-    ) -> None:
-        super().__init__(message)
-        self.missing = missing
-        self.unknown = unknown
-        self.misshaped = misshaped
 
 
 class Entry(NamedTuple):
@@ -82,7 +62,7 @@ def table(config: DPNConfig) -> tuple[Entry, ...]:
       Entries whose timm names and Flax names are both unique.
 
     Example:
-      >>> from dpn_jax.config import get_config
+      >>> from dpn_jax.pretrained import get_config
       >>> table(get_config("dpn92"))[0]
       Entry(timm='features.conv1_1.conv.weight', flax='stem.conv.kernel', timm_shape=(64, 3, 7, 7))
 
@@ -211,7 +191,7 @@ def likely_variant(shapes: Mapping[str, Shape]) -> tuple[str, float]:
 def infer_config(shapes: Mapping[str, Shape]) -> DPNConfig:
     """Recovers the architecture from the names and shapes of timm's tensors.
 
-    A variant is recognised whatever its classifier and input channels are. For other architectures the activation of
+    A variant is recognized whatever its classifier and input channels are. For other architectures the activation of
     the stem and the final norm, which leaves no trace, is taken to be ReLU.
 
     Args:
@@ -221,7 +201,7 @@ def infer_config(shapes: Mapping[str, Shape]) -> DPNConfig:
       CheckpointError: what is there is no DPN, or not a whole one.
 
     Example:
-      >>> from dpn_jax.config import get_config
+      >>> from dpn_jax.pretrained import get_config
       >>> shapes = {entry.timm: entry.timm_shape for entry in table(get_config("dpn107"))}
       >>> infer_config(shapes) == get_config("dpn107")
       True

@@ -18,10 +18,10 @@ from dpn_jax.cli.output import (
     Format,
     note,
     note_throughput,
-    printable,
     progress,
 )
-from dpn_jax.images.transform import ImageError, image_files
+from dpn_jax.errors import ImageError, shown
+from dpn_jax.images.folders import image_files
 from dpn_jax.inference.classifier import Prediction
 
 
@@ -75,7 +75,7 @@ class Classify(ClassifierOptions):
             elif files := image_files(name):
                 yield from map(str, files)
             else:
-                yield ImageError(f"{printable(name)}: no images in this folder")
+                yield ImageError(f"{shown(name)}: no images in this folder")
 
 
 def print_header(format: Format) -> None:
@@ -95,6 +95,6 @@ def print_predictions(path: str, predictions: Sequence[Prediction], format: Form
         for rank, best in enumerate(predictions, start=1):
             writer.writerow([path, rank, best.index, best.synset, best.label, f"{best.probability:.6f}"])
     else:
-        print(printable(path))
+        print(shown(path))
         for best in predictions:
             print(f"  {best.probability:7.2%}  {best.label}")

@@ -8,8 +8,9 @@ import tyro
 
 from dpn_jax.checkpoint.load import convert
 from dpn_jax.cli.options import Dtype
-from dpn_jax.cli.output import DONE, printable
+from dpn_jax.cli.output import DONE
 from dpn_jax.config import variant_of
+from dpn_jax.errors import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Convert:
     to: Literal["flax", "timm"] | None = None
     """The layout to write; the other one than the source's when left out."""
     model: str | None = None
-    """The variant, when it should not be recognised from the file."""
+    """The variant, when it should not be recognized from the file."""
     dtype: Dtype | None = None
     """Cast the weights; kept as they are when left out."""
     revision: str | None = None
@@ -48,5 +49,5 @@ class Convert:
         layout = self.to or ("flax" if read.is_timm else "timm")
         variant = variant_of(read.config) or "a custom DPN"
         size = Path(self.destination).stat().st_size
-        print(f"{printable(self.destination)}: {variant}, {len(read.file)} tensors in {layout} layout, {size:,} bytes")
+        print(f"{shown(self.destination)}: {variant}, {len(read.file)} tensors in {layout} layout, {size:,} bytes")
         return DONE

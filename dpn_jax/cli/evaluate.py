@@ -10,7 +10,7 @@ import tyro
 
 from dpn_jax.cli.options import ClassifierOptions
 from dpn_jax.cli.output import DONE, NOTHING_DONE, SOME_FAILED, Format, note, note_throughput, progress
-from dpn_jax.inference.evaluation import labelled_images, score
+from dpn_jax.inference.evaluation import labeled_images, score
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Evaluate(ClassifierOptions):
         """Classifies every image, then prints one row."""
         self.check()
         classifier = self.classifier()
-        examples = labelled_images(self.folder, classifier)
+        examples = labeled_images(self.folder, classifier)
         top_k = min(5, len(classifier.labels))
         with contextlib.closing(classifier.stream((path for path, _ in examples), top_k=top_k)) as results:
             accuracy = score(progress(results, len(examples), "image"), (label for _, label in examples))

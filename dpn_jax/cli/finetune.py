@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from dpn_jax.cli.output import DONE, note, printable
+from dpn_jax.cli.output import DONE, note
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.multihost import connect, is_first
 from dpn_jax.finetune.report import CURVES, EVENTS, METRICS, read_metrics, table
@@ -86,7 +86,7 @@ def print_result(result: Finetuned) -> None:
     ]
     weights, output = shlex.quote(str(result.weights)), shlex.quote(str(result.output))
     print(table(head, body))
-    print(f"curves: {printable(str(result.output / CURVES))}")
+    print(f"curves: {shown(str(result.output / CURVES))}")
     print(f"dpn-jax classify PHOTO_OR_FOLDER --weights {weights}")
     print(f"dpn-jax evaluate FOLDER --weights {weights}")
     print(f"tensorboard --logdir {output}/{EVENTS}")

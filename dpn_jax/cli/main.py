@@ -19,6 +19,7 @@ from dpn_jax.cli.export import Export
 from dpn_jax.cli.finetune import Finetune
 from dpn_jax.cli.models import Models
 from dpn_jax.cli.output import INTERRUPTED, NOTHING_DONE, SOME_FAILED, note
+from dpn_jax.errors import reason
 from dpn_jax.fast.memory import keep_freed_memory
 
 COMMANDS = {
@@ -75,7 +76,7 @@ def guarded(command: Callable[[], int]) -> int:
         return SOME_FAILED
     except OSError as error:
         abandon_stdout()
-        note(f"{error.filename or 'output'}: {error.strerror or error}")
+        note(f"{error.filename or 'output'}: {reason(error)}")
         return NOTHING_DONE
     except ValueError as error:  # CheckpointError and ImageError are too
         note(str(error).split("\n")[0])

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 from dpn_jax.checkpoint.names import table
 from dpn_jax.cli.output import DONE, Format, describe
-from dpn_jax.config import PRETRAINED, VARIANTS, default_preprocessing
+from dpn_jax.config import VARIANTS
+from dpn_jax.pretrained import PRETRAINED, default_preprocessing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,11 @@ import jax
 
 from dpn_jax.checkpoint.load import from_pretrained
 from dpn_jax.cli.output import describe, note
-from dpn_jax.config import PRETRAINED, Preprocessing, default_preprocessing
-from dpn_jax.images.transform import Transform, read_labels
+from dpn_jax.images.labels import read_labels
+from dpn_jax.images.transform import Transform
 from dpn_jax.inference.classifier import Classifier
 from dpn_jax.model import DPN
+from dpn_jax.pretrained import PRETRAINED, Preprocessing, default_preprocessing
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

@@ -7,8 +7,8 @@ from typing import Literal
 
 import tqdm
 
-from dpn_jax.config import Preprocessing
 from dpn_jax.inference.throughput import Throughput
+from dpn_jax.pretrained import Preprocessing
 
 DONE, SOME_FAILED, NOTHING_DONE, INTERRUPTED = 0, 1, 2, 130
 
@@ -33,11 +33,6 @@ def note_throughput(throughput: Throughput | None) -> None:
     limit, other = ("host", "device") if throughput.limit == "host" else ("device", "host")
     spare = getattr(throughput, other)
     note(f"{throughput.rate:.1f} images/s; the {limit} was the limit (the {other} could do {spare:.1f})")
-
-
-def printable(name: str) -> str:
-    """A file's name in one printable line."""
-    return name if name.isprintable() else repr(name)
 
 
 def describe(settings: Preprocessing) -> str:

@@ -112,7 +112,7 @@ def fast_forward(model: DPN, *, backend: str | None = None, donate: bool = False
         model cannot be used afterwards.
 
     Returns:
-      A function of images `[B, H, W, C]`, normalised floats, that gives what `model(images)` gives. It compiles once
+      A function of images `[B, H, W, C]`, normalized floats, that gives what `model(images)` gives. It compiles once
       for each shape. Its attributes `params` and `apply` (a pure function of params and images) are there for sharding
       and for ahead-of-time compilation.
 
@@ -138,7 +138,7 @@ def fast_apply(model: DPN, images: jax.Array, *, backend: str | None = None) -> 
 
     Args:
       model: the model.
-      images: `[B, H, W, C]`, normalised floats.
+      images: `[B, H, W, C]`, normalized floats.
       backend: as for `fast_forward`.
 
     Returns:

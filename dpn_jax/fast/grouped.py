@@ -147,7 +147,7 @@ class Lanes(Native):
     def _sum(self, x: jax.Array, kernel: jax.Array, taps: tuple[Tap, ...]) -> jax.Array:
         """Sums what `taps` read of `[B, H, W, I, groups]`, times a kernel `[I, taps, O, groups]`."""
         inputs, _, outputs, groups = kernel.shape
-        # apart, or XLA would pad again for each product, and a loop over flat channels would not be vectorised
+        # apart, or XLA would pad again for each product, and a loop over flat channels would not be vectorized
         x = lax.optimization_barrier(x)
         total: tuple[jax.Array, ...] = ()
         for channel in range(inputs):
@@ -184,7 +184,7 @@ class Lanes(Native):
         gradient = _widen(gradient, *(border + end for end in ends)).astype(dtype)
         x = _widen(x, *(stride * (end - 1) + 3 for end in ends)).astype(dtype)
         options = {"blocks": blocks, "together": together, "border": border, "stride": stride}
-        # apart, as a loop over flat channels would not be vectorised
+        # apart, as a loop over flat channels would not be vectorized
         rows = (fenced(_sum_products, row=row, **options)(x, gradient) for row in range(3))
         return jnp.concatenate([sum_by_product(row, axes=3) for row in rows]).swapaxes(0, 1)
 

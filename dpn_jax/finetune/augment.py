@@ -15,7 +15,7 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """Draws where to crop: a share of the area, an aspect ratio and a place.
 
-    Ten draws that do not fit end in the largest centred box whose aspect ratio is in `ratio`.
+    Ten draws that do not fit end in the largest centerd box whose aspect ratio is in `ratio`.
 
     Args:
       width, height: of the image, pixels.
@@ -113,7 +113,7 @@ OPERATIONS: dict[str, Callable[[Image.Image, float, Fill], Image.Image]] = {
     "translate_x": lambda image, level, fill: _affine(image, (1, 0, 0.45 * level * image.width, 0, 1, 0), fill),
     "translate_y": lambda image, level, fill: _affine(image, (1, 0, 0, 0, 1, 0.45 * level * image.height), fill),
 }
-"""The operations of `rand_augment`: image, level in [-1, 1] (0 changes least) and colour of what comes into view."""
+"""The operations of `rand_augment`: image, level in [-1, 1] (0 changes least) and color of what comes into view."""
 
 
 def rand_augment(
@@ -126,7 +126,7 @@ def rand_augment(
       generator: source of the draws.
       magnitude: strength of the operations, 0 to 10; those with a direction take either.
       layers: how many operations are drawn.
-      fill: colour of the corners that a moved image leaves, one value 0 to 255 for each channel.
+      fill: color of the corners that a moved image leaves, one value 0 to 255 for each channel.
 
     Returns:
       A new image of the same size and mode.

@@ -14,15 +14,13 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
+from dpn_jax.errors import RunError, reason
+
 logger = logging.getLogger("dpn_jax")
 
 _MOMENT = 0.2
 
 State = TypeVar("State")
-
-
-class RunError(ValueError):
-    """A fine-tuning run cannot begin or go on; the message says why and what to do, in one line."""
 
 
 class Saved(NamedTuple):
@@ -109,7 +107,7 @@ class Checkpoints:
                 self._manager.save(step, args=contents, force=True)
         except Exception as error:  # Orbax and TensorStore raise whatever the file system made of it
             raise RunError(
-                f"{self.folder / str(step)}: the checkpoint cannot be written ({_reason(error)}); "
+                f"{self.folder / str(step)}: the checkpoint cannot be written ({reason(error)}); "
                 "make room and go on with --resume (resume=True)"
             ) from error
 
@@ -132,12 +130,12 @@ class Checkpoints:
             arrays, notes, digest = read.state, read.notes["notes"], read.notes["digest"]
             intact = digest == _digest(arrays, notes)
         except Exception as error:  # whatever a damaged file makes its reader stumble over
-            raise RunError(f"{self.folder / str(step)}: the checkpoint cannot be read ({_reason(error)})") from error
+            raise RunError(f"{self.folder / str(step)}: the checkpoint cannot be read ({reason(error)})") from error
         if not intact:
             raise RunError(f"{self.folder / str(step)}: the checkpoint is damaged (its digest differs)")
         wanted = {name: (np.shape(leaf), np.dtype(leaf.dtype)) for name, leaf in _named(like)}
         if wanted != {name: (array.shape, array.dtype) for name, array in arrays.items()}:
-            raise RunError(f"{self.folder / str(step)}: the checkpoint is of another model or optimiser")
+            raise RunError(f"{self.folder / str(step)}: the checkpoint is of another model or optimizer")
         leaves = [arrays[name] for name, _ in _named(like)]
         return Saved(step, jax.tree.unflatten(jax.tree.structure(like), leaves), notes)
 
@@ -234,14 +232,3 @@ def _digest(arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> str:
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def _reason(error: BaseException) -> str:
-    """The gist of an error of several lines."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = " ".join(str(error).split()) or type(error).__name__
-    for known in ("No space left on device", "File too large", "Disk quota exceeded", "Permission denied"):
-        if known in text:
-            return known
-    return text[:160]

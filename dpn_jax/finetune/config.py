@@ -63,7 +63,7 @@ class FinetuneConfig:
     """What is not trained: none, stem, stage1 ... (everything up to it), backbone (all but the classifier), weights
     (all but norms and the classifier)."""
     norms: Norms = "train"
-    """train normalises with the batch and moves the running statistics; frozen uses the running ones and keeps them.
+    """train normalizes with the batch and moves the running statistics; frozen uses the running ones and keeps them.
     Those of frozen layers are always kept."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the arithmetic; parameters are float32."""

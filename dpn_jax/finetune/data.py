@@ -14,14 +14,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dpn_jax.config import Preprocessing
+from dpn_jax.errors import DataError as DataError
+from dpn_jax.errors import ImageError
 from dpn_jax.finetune.augment import color_jitter, rand_augment, random_crop
 from dpn_jax.finetune.config import FinetuneConfig
-from dpn_jax.finetune.workers import DataError as DataError
 from dpn_jax.finetune.workers import prefetched, refuse_in_starting_worker
 from dpn_jax.images.folders import ImageFolder as ImageFolder
 from dpn_jax.images.folders import image_folder as image_folder
-from dpn_jax.images.transform import ImageError, Transform, read_image
+from dpn_jax.images.read import read_image
+from dpn_jax.images.transform import Transform
+from dpn_jax.pretrained import Preprocessing
 
 Batch = dict[str, np.ndarray]
 State = dict[str, int | str]
@@ -104,12 +106,12 @@ def batches(
     """Reads, augments and batches the images of a folder.
 
     Each epoch's order follows from `config.seed` and the epoch, each image's augmentation from `config.seed`, the epoch
-    and its index, so that neither the workers nor a pause changes anything. Images stay uint8: the step normalises.
+    and its index, so that neither the workers nor a pause changes anything. Images stay uint8: the step normalizes.
 
     Args:
       folder: the images.
       config: batch size, seed, workers, augmentation, and image size where it is not that of `preprocessing`.
-      preprocessing: size, interpolation, and channels: RGB, or grey with one channel of mean.
+      preprocessing: size, interpolation, and channels: RGB, or gray with one channel of mean.
       train: True: shuffled, augmented, an incomplete last batch of an epoch left out. False: in order, timm's
         evaluation crop, the last batch of an epoch filled up with images of zeros whose weight is 0.
       epochs: how often every image is seen; left out, without end when training and once otherwise.

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpn_jax.checkpoint.load import from_pretrained
-from dpn_jax.config import PRETRAINED, VARIANTS, DPNConfig, default_preprocessing, variant_of
+from dpn_jax.config import VARIANTS, DPNConfig, variant_of
 from dpn_jax.finetune.config import FinetuneConfig
-from dpn_jax.model import DPN, Provenance, create_model
+from dpn_jax.model import DPN, create_model
+from dpn_jax.pretrained import PRETRAINED, Provenance, default_preprocessing
 
 
 def initial_model(

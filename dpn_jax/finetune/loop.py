@@ -12,14 +12,14 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
-from dpn_jax.finetune.checkpoints import Checkpoints, RunError, Saved
+from dpn_jax.errors import DivergedError, RunError
+from dpn_jax.finetune.checkpoints import Checkpoints, Saved
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.data import BatchIterator, DataError
 from dpn_jax.finetune.interrupt import Interruption
-from dpn_jax.finetune.metrics import DivergedError, Row, Window, quality, validate
-from dpn_jax.finetune.multihost import any_of, is_first, on_first, share_arrays
+from dpn_jax.finetune.metrics import Row, Window, quality, validate
+from dpn_jax.finetune.multihost import any_of, is_first, on_first, replicate, shard_batch, share_arrays
 from dpn_jax.finetune.report import Log
-from dpn_jax.finetune.sharding import replicate, shard_batch
 from dpn_jax.finetune.step import TrainState, train_step
 
 CHECKPOINTS = "checkpoints"

@@ -6,17 +6,13 @@ from typing import Any
 
 import jax
 
-from dpn_jax.finetune.checkpoints import RunError
+from dpn_jax.errors import DivergedError
 from dpn_jax.finetune.step import Batch, Metrics, TrainState, eval_step
 
 Row = dict[str, Any]
 """A line of `metrics.jsonl`: `split`, `step`, and numbers by name."""
 
 _STEPS_IN_FLIGHT = 2
-
-
-class DivergedError(RunError):
-    """The loss, the gradient or a parameter is no longer finite."""
 
 
 class Window:

@@ -45,7 +45,7 @@ def _outside_box(key: jax.Array, area: jax.Array, height: int, width: int) -> ja
     inside = []
     for axis_key, length in zip(jax.random.split(key), (height, width), strict=True):
         half = (length * side).astype(jnp.int32) // 2
-        centre = jax.random.randint(axis_key, (), 0, length)
+        center = jax.random.randint(axis_key, (), 0, length)
         places = jnp.arange(length, dtype=jnp.int32)
-        inside.append((places >= centre - half) & (places < centre + half))
+        inside.append((places >= center - half) & (places < center + half))
     return ~(inside[0][:, None] & inside[1])

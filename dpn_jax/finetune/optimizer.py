@@ -1,4 +1,4 @@
-"""The optimiser and its schedule, made of optax's parts."""
+"""The optimizer and its schedule, made of optax's parts."""
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def learning_rate(
 def make_optimizer(
     config: FinetuneConfig, model: DPN, *, steps: int | None = None, steps_per_epoch: float | None = None
 ) -> optax.GradientTransformation:
-    """The optimiser that a configuration asks for.
+    """The optimizer that a configuration asks for.
 
     In this order: gradients of `config.accumulate` batches are averaged, clipped, turned into a direction with weight
     decay of the kernels, and scaled by the learning rate and by layer-wise decay. What is frozen gets no update,

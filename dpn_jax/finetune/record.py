@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dpn_jax.config import DPNConfig, Preprocessing
-from dpn_jax.finetune.checkpoints import RunError
+from dpn_jax.config import DPNConfig
+from dpn_jax.errors import RunError, reason
 from dpn_jax.finetune.config import FinetuneConfig
+from dpn_jax.pretrained import Preprocessing
 
 RECORD = "config.json"
 _VERSIONS = ("dpn-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
@@ -47,7 +48,7 @@ def begin(output: Path, record: Record) -> None:
         temporary.write_text(json.dumps(record.as_json() | {"versions": _versions()}, indent=1) + "\n", "utf-8")
         temporary.replace(output / RECORD)
     except OSError as error:
-        raise RunError(f"{output}: cannot be made ({error.strerror or error})") from error
+        raise RunError(f"{output}: cannot be made ({reason(error)})") from error
 
 
 def read_record(output: Path) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def read_record(output: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise RunError(f"{output}: no run to resume (no {RECORD} in it); leave out --resume to begin one") from None
     except OSError as error:
-        raise RunError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise RunError(f"{path}: cannot be read ({reason(error)})") from error
     except ValueError as error:
         raise RunError(f"{path}: damaged ({error}); begin again with another --output") from error
 

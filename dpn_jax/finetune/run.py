@@ -14,18 +14,17 @@ from jax.sharding import Mesh
 
 from dpn_jax.checkpoint.load import save
 from dpn_jax.config import DPNConfig
-from dpn_jax.finetune.checkpoints import RunError
+from dpn_jax.errors import RunError, reason
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.data import BatchIterator, batches, find_broken
 from dpn_jax.finetune.initial import initial_model
 from dpn_jax.finetune.interrupt import catch_interruption
 from dpn_jax.finetune.loop import Training
 from dpn_jax.finetune.metrics import Row
-from dpn_jax.finetune.multihost import is_first, on_first
+from dpn_jax.finetune.multihost import data_mesh, is_first, on_first, replicate
 from dpn_jax.finetune.optimizer import make_optimizer
 from dpn_jax.finetune.record import RECORD, Record, begin, check_same, read_record
 from dpn_jax.finetune.report import CURVES, METRICS, plot_curves, read_metrics
-from dpn_jax.finetune.sharding import data_mesh, replicate
 from dpn_jax.finetune.step import TrainState
 from dpn_jax.images.folders import ImageFolder, image_folder
 from dpn_jax.model import DPN
@@ -233,13 +232,13 @@ def _explained(training: Training) -> Iterator[None]:
     except OSError as error:
         place = error.filename or training.output
         raise RunError(
-            f"{place}: {error.strerror or error} at step {training.step}; mend that and go on with --resume"
+            f"{place}: {reason(error)} at step {training.step}; mend that and go on with --resume"
         ) from error
     except jax.errors.JaxRuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        why = reason(error)
         hint = (
             "lower --batch-size (and raise --accumulate), or try --remat"
-            if "RESOURCE_EXHAUSTED" in reason
+            if "RESOURCE_EXHAUSTED" in why
             else ("go on with --resume")
         )
-        raise RunError(f"{training.output}: step {training.step} failed ({reason}); {hint}") from error
+        raise RunError(f"{training.output}: step {training.step} failed ({why}); {hint}") from error

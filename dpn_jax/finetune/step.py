@@ -13,15 +13,16 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from dpn_jax.config import DPNConfig, Preprocessing, default_preprocessing
+from dpn_jax.config import DPNConfig
 from dpn_jax.fast.forward import compiler_options, fast_apply
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.mixup import mix
 from dpn_jax.finetune.parameters import frozen_norms, trainable
 from dpn_jax.model import DPN
+from dpn_jax.pretrained import Preprocessing, default_preprocessing
 
 Batch = Mapping[str, jax.Array | np.ndarray]
-"""`image`: uint8 `[B, H, W, C]`, or floats that are normalised already. `label`: whole numbers `[B]`, or each class's
+"""`image`: uint8 `[B, H, W, C]`, or floats that are normalized already. `label`: whole numbers `[B]`, or each class's
 share `[B, K]`. `weight`, which may be left out: `[B]`, how much an image counts, 0 for padding."""
 
 Metrics = dict[str, jax.Array]
@@ -74,9 +75,9 @@ class TrainState:
         Args:
           model: the model; its arrays are copied and it is left as it is. `dtype` and `remat` are its own, dropout is
             the config's.
-          tx: the optimiser, from `make_optimizer` or any of optax.
+          tx: the optimizer, from `make_optimizer` or any of optax.
           config: the choices.
-          preprocessing: whose mean and deviation normalise uint8 images; left out, that of the model's weights.
+          preprocessing: whose mean and deviation normalize uint8 images; left out, that of the model's weights.
 
         Raises:
           ValueError: the model has no classifier or no pooling, or `config.freeze` or the preprocessing does not fit.
@@ -141,7 +142,7 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
       batch: see `Batch`.
 
     Returns:
-      The next state, and `loss` (the one that is minimised, with smoothing and mixing), `correct`, `correct5`
+      The next state, and `loss` (the one that is minimized, with smoothing and mixing), `correct`, `correct5`
       (against the largest share), `count`, `gradient_norm` (before clipping, without frozen parameters) and
       `learning_rate` (of the last update; NaN where `tx` is not from `make_optimizer`).
 
@@ -215,7 +216,7 @@ def _train_step(state: TrainState, batch: Batch, sharding: NamedSharding | None)
     gradients, (statistics, metrics) = jax.grad(mean_loss, has_aux=True)(state.params)
     updates, optimizer = setup.tx.update(gradients, state.optimizer, state.params)
     moved = optax.apply_updates(state.params, updates)
-    # whatever the optimiser does, such as weight decay, what is frozen stays
+    # whatever the optimizer does, such as weight decay, what is frozen stays
     params = jax.tree.map(lambda t, new, old: new if t else old, trained, moved, state.params)
     step = state.step + 1
     ema = state.ema and _average(state.ema, (params, statistics), config.ema_decay, step % config.accumulate == 0)
@@ -258,7 +259,7 @@ def _checked(batch: Batch, architecture: DPNConfig) -> Batch:
 
 
 def _prepare(batch: Batch, setup: Setup) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalised images `[B, H, W, C]`, each class's share `[B, K]` and weights `[B]`."""
+    """Normalized images `[B, H, W, C]`, each class's share `[B, K]` and weights `[B]`."""
     images, labels = batch["image"], batch["label"]
     if images.dtype == jnp.uint8:
         mean, std = (np.asarray(value, np.float32) for value in (setup.preprocessing.mean, setup.preprocessing.std))

@@ -9,11 +9,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from dpn_jax.errors import DataError
+
 _THREADS = 4
-
-
-class DataError(ValueError):
-    """A folder or an image that cannot be trained on; its message is one line that names it."""
 
 
 def prefetched(source: Sequence[Any], workers: int, *, start: int = 0) -> Iterator[Any]:

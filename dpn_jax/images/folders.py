@@ -8,8 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
-from dpn_jax.finetune.workers import DataError, refuse_in_starting_worker
-from dpn_jax.images.transform import ImageError, image_files
+from dpn_jax.errors import DataError, ImageError, reason, shown
+from dpn_jax.images.read import SUFFIXES
 
 Split = Literal["train", "val", "all"]
 
@@ -72,37 +72,36 @@ def image_folder(path: str | os.PathLike, *, split: Split, val_fraction: float =
     Example:
       >>> image_folder("no-such-folder", split="train")
       Traceback (most recent call last):
-      dpn_jax.finetune.workers.DataError: no-such-folder: no such folder
+      dpn_jax.errors.DataError: no-such-folder: no such folder
 
     Source: `timm.data.readers.reader_image_folder`, whose order of classes it is.
     """
-    refuse_in_starting_worker()
     if split not in ("train", "val", "all"):
         raise ValueError(f"split must be 'train', 'val' or 'all', got {split!r}")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction!r}")
     root = Path(path)
     if not root.is_dir():
-        raise DataError(f"{_shown(root)}: {'is not a folder' if root.exists() else 'no such folder'}")
+        raise DataError(f"{shown(root)}: {'is not a folder' if root.exists() else 'no such folder'}")
     parts = [root / name for name in ("train", "val") if _holds_folders(root / name)]
     if not parts:
         classes = _classes(root)
         if split != "all":
             classes = {name: _split(root / name, files, split, val_fraction, seed) for name, files in classes.items()}
         if split == "val" and val_fraction == 0:
-            raise DataError(f"{_shown(root)}: val_fraction 0 leaves no images to validate with")
+            raise DataError(f"{shown(root)}: val_fraction 0 leaves no images to validate with")
     elif len(parts) == 1:
         missing = {"train": "val", "val": "train"}[parts[0].name]
-        raise DataError(f"{_shown(root)}: has {parts[0].name}/ but no {missing}/; add it, or name {_shown(parts[0])}")
+        raise DataError(f"{shown(root)}: has {parts[0].name}/ but no {missing}/; add it, or name {shown(parts[0])}")
     elif split == "all":
-        raise DataError(f"{_shown(root)}: has train/ and val/; name one of the two")
+        raise DataError(f"{shown(root)}: has train/ and val/; name one of the two")
     else:
         train, val = (_classes(part) for part in parts)
         if difference := sorted(train.keys() ^ val.keys()):
             name = difference[0]
             raise DataError(
-                f"{_shown(root)}: train/ and val/ must have the same class folders, but {len(difference)} are in one "
-                f"only, such as {_shown(parts[name in val] / name)}"
+                f"{shown(root)}: train/ and val/ must have the same class folders, but {len(difference)} are in one "
+                f"only, such as {shown(parts[name in val] / name)}"
             )
         classes = train if split == "train" else val
     pairs = [(str(file), label) for label, files in enumerate(classes.values()) for file in files]
@@ -115,7 +114,7 @@ def _holds_folders(path: Path) -> bool:
     try:
         return path.is_dir() and any(entry.is_dir() for entry in path.iterdir())
     except OSError as error:
-        raise DataError(f"{_shown(path)}: {error.strerror}") from error
+        raise DataError(f"{shown(path)}: {reason(error)}") from error
 
 
 def _classes(root: Path) -> dict[str, list[Path]]:
@@ -124,16 +123,16 @@ def _classes(root: Path) -> dict[str, list[Path]]:
         names = [entry.name for entry in root.absolute().iterdir() if entry.is_dir() and entry.name[0] != "."]
         classes = {name: image_files(root.absolute() / name) for name in sorted(names, key=_natural)}
     except OSError as error:
-        raise DataError(f"{_shown(root)}: {error.strerror}") from error
+        raise DataError(f"{shown(root)}: {reason(error)}") from error
     except ImageError as error:
         raise DataError(str(error)) from error
     if not any(classes.values()):
-        raise DataError(f"{_shown(root)}: no images in class folders; expected {_shown(root / '<class>' / '<image>')}")
+        raise DataError(f"{shown(root)}: no images in class folders; expected {shown(root / '<class>' / '<image>')}")
     for name, files in classes.items():
         if not files:
-            raise DataError(f"{_shown(root / name)}: the class has no images; add some, or remove the folder")
+            raise DataError(f"{shown(root / name)}: the class has no images; add some, or remove the folder")
     if len(classes) == 1:
-        raise DataError(f"{_shown(root)}: one class only, {_shown(Path(*classes))}; there must be two or more")
+        raise DataError(f"{shown(root)}: one class only, {shown(Path(*classes))}; there must be two or more")
     return classes
 
 
@@ -147,7 +146,7 @@ def _split(folder: Path, files: list[Path], split: Split, fraction: float, seed:
     if fraction == 0:
         return files if split == "train" else []
     if len(files) < 2:
-        raise DataError(f"{_shown(folder)}: one image is too few to split; add some, or make folders train/ and val/")
+        raise DataError(f"{shown(folder)}: one image is too few to split; add some, or make folders train/ and val/")
 
     def drawn(file: Path) -> bytes:
         name = file.relative_to(folder.absolute()).as_posix()
@@ -158,6 +157,36 @@ def _split(folder: Path, files: list[Path], split: Split, fraction: float, seed:
     return [file for file in files if (file in held_out) == (split == "val")]
 
 
-def _shown(path: Path) -> str:
-    """What a message calls a path: printable, in one line."""
-    return str(path) if str(path).isprintable() else repr(str(path))
+def image_files(folder: str | os.PathLike) -> list[Path]:
+    """Lists the images in a folder and its subfolders by their suffixes, in either case; nothing is opened.
+
+    Args:
+      folder: where to look. Symbolic links are followed, as timm does, except into a folder that they lie in.
+
+    Returns:
+      Paths that begin with `folder`, sorted.
+
+    Raises:
+      ImageError: `folder` or a folder in it cannot be listed.
+
+    Example:
+      >>> image_files("no-such-folder")
+      Traceback (most recent call last):
+      dpn_jax.errors.ImageError: no-such-folder: No such file or directory
+    """
+    files = []
+    pending = [(Path(folder), frozenset[Path]())]
+    while pending:
+        directory, above = pending.pop()
+        try:
+            real = directory.resolve()
+            if real in above:
+                continue
+            for entry in directory.iterdir():
+                if entry.is_dir():
+                    pending.append((entry, above | {real}))
+                elif entry.suffix.lower() in SUFFIXES:
+                    files.append(entry)
+        except OSError as error:
+            raise ImageError(f"{shown(directory)}: {reason(error)}") from error
+    return sorted(files)

@@ -13,11 +13,14 @@ import jax
 import numpy as np
 
 from dpn_jax.checkpoint.load import from_pretrained
-from dpn_jax.config import default_preprocessing
+from dpn_jax.errors import ImageError
 from dpn_jax.fast.forward import fast_forward
-from dpn_jax.images.transform import ImageError, ImageSource, Transform, imagenet_labels
+from dpn_jax.images.labels import imagenet_labels
+from dpn_jax.images.read import ImageSource
+from dpn_jax.images.transform import Transform
 from dpn_jax.inference.throughput import Clock, Throughput
 from dpn_jax.model import DPN
+from dpn_jax.pretrained import default_preprocessing
 
 _READ_AHEAD = 2
 """Batches of images that are prepared while the device works."""

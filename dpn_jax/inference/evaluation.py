@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dpn_jax.images.transform import ImageError, image_files
+from dpn_jax.errors import ImageError, reason
+from dpn_jax.images.folders import image_files
 from dpn_jax.inference.classifier import Classifier, Prediction
 
 
@@ -30,7 +31,7 @@ class Accuracy(NamedTuple):
     """One for each image that could not be read; they count nowhere else."""
 
 
-def labelled_images(folder: str | os.PathLike, classifier: Classifier) -> tuple[Example, ...]:
+def labeled_images(folder: str | os.PathLike, classifier: Classifier) -> tuple[Example, ...]:
     """Lists `folder/<class>/*`, images with the class that their folder is named after.
 
     The folders are named by the classifier's labels, or by ImageNet's synsets ('n01440764') for its 1000 classes, or by
@@ -49,15 +50,15 @@ def labelled_images(folder: str | os.PathLike, classifier: Classifier) -> tuple[
       ValueError: class folders that are no class of the model's; the message names them and some that are.
 
     Example:
-      >>> labelled_images("no-such-folder", classifier=None)
+      >>> labeled_images("no-such-folder", classifier=None)
       Traceback (most recent call last):
-      dpn_jax.images.transform.ImageError: no-such-folder: No such file or directory
+      dpn_jax.errors.ImageError: no-such-folder: No such file or directory
     """
     root = Path(folder)
     try:
         folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:
-        raise ImageError(f"{root}: {error.strerror or error}") from error
+        raise ImageError(f"{root}: {reason(error)}") from error
     if not folders:
         raise ImageError(f"{root}: no class folders; the images of each class are expected in a folder of its own")
     numbers = _class_numbers(folders, classifier)

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from dpn_jax.checkpoint.files import write_atomically
-from dpn_jax.config import default_preprocessing
+from dpn_jax.errors import ExportError, reason
 from dpn_jax.fast.forward import PLANS, FastForward, Plan
 from dpn_jax.fast.grouped import Native
 from dpn_jax.model import DPN
+from dpn_jax.pretrained import default_preprocessing
 
 Platform = Literal["tpu", "cuda", "rocm", "cpu"]
 
@@ -20,10 +21,6 @@ BACKENDS: dict[str, str] = {"tpu": "tpu", "cuda": "gpu", "rocm": "gpu", "cpu": "
 
 # norms folded and the paths apart, as everywhere; kernels are stored only once, in the layout that runs everywhere
 PORTABLE = Plan(grouped=((32, Native()),))
-
-
-class ExportError(ValueError):
-    """A model cannot be exported, or an exported one not read; the message is one line that names the file."""
 
 
 def export_model(
@@ -52,7 +49,7 @@ def export_model(
       overwrite: replace an existing file.
 
     Returns:
-      What was written: float32 `[B, H, W, C]`, normalised, to float32 logits `[B, num_classes]`.
+      What was written: float32 `[B, H, W, C]`, normalized, to float32 logits `[B, num_classes]`.
 
     Raises:
       ExportError: the file exists and `overwrite` is not set, or cannot be written.
@@ -92,7 +89,7 @@ def export_model(
     try:
         write_atomically(path, [exported.serialize()])
     except OSError as error:
-        raise ExportError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise ExportError(f"{path}: cannot be written ({reason(error)})") from error
     return exported
 
 
@@ -103,7 +100,7 @@ def load_exported(path: str | Path) -> jax.export.Exported:
       path: the file.
 
     Returns:
-      JAX's own object: `jax.jit(exported.call)` maps float32 `[B, H, W, C]`, normalised, to float32 logits;
+      JAX's own object: `jax.jit(exported.call)` maps float32 `[B, H, W, C]`, normalized, to float32 logits;
       `exported.platforms` and `exported.in_avals` say where it runs and on what.
 
     Raises:
@@ -112,12 +109,12 @@ def load_exported(path: str | Path) -> jax.export.Exported:
     Example:
       >>> load_exported("no-such-file.jaxexport")
       Traceback (most recent call last):
-      dpn_jax.inference.export.ExportError: no-such-file.jaxexport: No such file or directory
+      dpn_jax.errors.ExportError: no-such-file.jaxexport: No such file or directory
     """
     try:
         return jax.export.deserialize(bytearray(Path(path).read_bytes()))
     except OSError as error:
-        raise ExportError(f"{path}: {error.strerror or error}") from error
+        raise ExportError(f"{path}: {reason(error)}") from error
     except Exception as error:  # flatbuffers finds damage in many ways
         raise ExportError(
             f"{path}: no exported model, damaged, or from a newer JAX ({type(error).__name__})"

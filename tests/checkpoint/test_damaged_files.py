@@ -22,7 +22,8 @@ from dpn_jax import CheckpointError
 from dpn_jax.checkpoint.files import LazyTensor, write_tensors
 from dpn_jax.checkpoint.load import convert
 from dpn_jax.checkpoint.names import check, infer_config, table
-from dpn_jax.config import VARIANTS, get_config
+from dpn_jax.config import VARIANTS
+from dpn_jax.pretrained import get_config
 from tests.support.checkpoints import TINY, assert_weights, values
 
 ROOT = Path(__file__).parents[2]
@@ -245,7 +246,7 @@ NOT_TENSORS = {
 STRANGE_TENSORS = {
     "sparse": lambda: torch.eye(8).to_sparse(),
     "complex": lambda: torch.zeros(8, dtype=torch.complex64),
-    "quantised": lambda: torch.quantize_per_tensor(torch.zeros(8), 1.0, 0, torch.qint8),
+    "quantized": lambda: torch.quantize_per_tensor(torch.zeros(8), 1.0, 0, torch.qint8),
     "float8": lambda: torch.zeros(8).to(torch.float8_e4m3fn),
     "bool": lambda: torch.zeros(8, dtype=torch.bool),
     "meta": lambda: torch.zeros(8, device="meta"),
@@ -336,7 +337,7 @@ def test_our_names_without_our_metadata(tiny_timm_file: Path, tiny_timm: torch.n
 
 @pytest.mark.parametrize("named", VARIANTS)
 @pytest.mark.parametrize("is_timm", [True, False])
-def test_another_variants_weights_are_recognised(named: str, is_timm: bool) -> None:
+def test_another_variants_weights_are_recognized(named: str, is_timm: bool) -> None:
     for variant in VARIANTS:
         entries = table(get_config(variant))
         shapes = {e.timm: e.timm_shape for e in entries} if is_timm else {e.flax: e.flax_shape for e in entries}

@@ -10,15 +10,15 @@ import torch
 import dpn_jax
 from convert.timm_import import create_timm_model
 from dpn_jax.checkpoint.load import convert
-from dpn_jax.config import PRETRAINED
 from dpn_jax.images.folders import image_folder
+from dpn_jax.pretrained import PRETRAINED
 from recipes import digits_folder
 
 TAG = "dpn_tiny.digits"
 SAMPLES = sorted((Path(__file__).parents[2] / "samples" / "digits").glob("*.png"))
 
 
-def test_samples_are_recognised() -> None:
+def test_samples_are_recognized() -> None:
     found = dpn_jax.Classifier.from_pretrained(TAG)(SAMPLES, top_k=1)
     assert [best.label for (best,) in found] == [path.stem for path in SAMPLES] == list("0123456789")
 
@@ -27,7 +27,7 @@ def test_the_tag_says_what_the_file_says() -> None:
     model = dpn_jax.from_pretrained(TAG)
     assert model.config == PRETRAINED[TAG].config
     assert model.provenance.preprocessing == PRETRAINED[TAG].preprocessing == dpn_jax.preprocessing(TAG).preprocessing
-    assert Path(dpn_jax.__file__).parent / "checkpoint" / PRETRAINED[TAG].packaged.stat().st_size < 2e6
+    assert (Path(dpn_jax.__file__).parent / "checkpoint" / PRETRAINED[TAG].packaged).stat().st_size < 2e6
 
 
 def test_the_held_out_fifth(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

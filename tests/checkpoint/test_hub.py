@@ -19,8 +19,8 @@ import torch
 import dpn_jax
 from dpn_jax.checkpoint.hub import promised_sha256
 from dpn_jax.checkpoint.load import convert
-from dpn_jax.config import DPN_MEAN, PRETRAINED
-from tests.support.checkpoints import randomise, save_timm, timm_dpn, to_flax
+from dpn_jax.pretrained import DPN_MEAN, PRETRAINED
+from tests.support.checkpoints import randomize, save_timm, timm_dpn, to_flax
 from tests.support.hub_server import CONFIG, FLAT_CONFIG, Hub
 
 pytestmark = pytest.mark.slow
@@ -114,7 +114,7 @@ def session(timm: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Itera
     folder = tmp_path_factory.mktemp("hub")
     torch.manual_seed(0)
     models = {name: timm_dpn(timm, seed=seed) for seed, name in enumerate(("tiny", "dev"))}
-    models["dpn68"] = randomise(timm.create_model("dpn68"))
+    models["dpn68"] = randomize(timm.create_model("dpn68"))
     files = {name: save_timm(model, folder / f"{name}.safetensors") for name, model in models.items()}
     torch.save(models["dpn68"].state_dict(), folder / "dpn68.bin")
     own = dpn_jax.load(files["tiny"])

@@ -7,7 +7,7 @@ import pytest
 
 import dpn_jax
 from dpn_jax.checkpoint.hub import locate
-from dpn_jax.config import Preprocessing
+from dpn_jax.pretrained import Preprocessing
 from tests.support.hub_server import CONFIG, FLAT_CONFIG
 
 

@@ -29,7 +29,8 @@ from dpn_jax import CheckpointError, DPNConfig
 from dpn_jax.checkpoint.load import adapt_input_channels, convert, open_checkpoint
 from dpn_jax.checkpoint.names import infer_config, table, to_timm
 from dpn_jax.checkpoint.names import to_flax as entry_to_flax
-from dpn_jax.config import PRETRAINED, VARIANTS, get_config
+from dpn_jax.config import VARIANTS
+from dpn_jax.pretrained import PRETRAINED, get_config
 from tests.support.checkpoints import (
     TINY,
     assert_logits,
@@ -110,7 +111,7 @@ def test_table_is_bijective_and_tells_the_architecture(config: DPNConfig) -> Non
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("ends", [{}, {"num_classes": 0}, {"num_classes": 7, "in_channels": 1}])
-def test_a_variant_is_recognised_by_its_tensors(variant: str, ends: dict[str, int]) -> None:
+def test_a_variant_is_recognized_by_its_tensors(variant: str, ends: dict[str, int]) -> None:
     config = get_config(variant).replace(**ends)
     assert infer_config({entry.timm: entry.timm_shape for entry in table(config)}) == config
 
@@ -344,7 +345,7 @@ def test_input_channels_keep_the_dtype(dtype: str, channels: int, timm: ModuleTy
     np.testing.assert_allclose(ours.astype(np.float64), theirs, rtol=1e-6, atol=atol)
 
 
-def test_adapted_from_grey_weights_is_refused(timm: ModuleType, tmp_path: Path) -> None:
+def test_adapted_from_gray_weights_is_refused(timm: ModuleType, tmp_path: Path) -> None:
     path = save_timm(timm_dpn(timm, in_chans=1), tmp_path / "a.safetensors")
     assert dpn_jax.load(path).config.in_channels == 1
     with pytest.raises(ValueError, match="in_channels=3 can be adapted from 3 channels, but the weights read 1"):

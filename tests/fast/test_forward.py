@@ -17,7 +17,7 @@ from tests.test_model import TINY as LARGER
 TINY = LARGER.replace(depths=(2, 1), dense_increments=(4, 4))
 
 
-def randomised(config: DPNConfig | str, **options: object) -> dpn_jax.DPN:
+def randomized(config: DPNConfig | str, **options: object) -> dpn_jax.DPN:
     """A model in eval mode whose norms and biases are random: folding fresh ones proves nothing."""
     model = dpn_jax.create_model(config, **options, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
@@ -61,25 +61,25 @@ BODIES = [
 )
 def test_the_fast_form_is_the_model_in_float64(backend: str, changes: dict[str, object]) -> None:
     with jax.enable_x64(True):
-        model = randomised(TINY, **changes, dtype="float64", param_dtype="float64")
+        model = randomized(TINY, **changes, dtype="float64", param_dtype="float64")
         images = jax.random.normal(jax.random.key(0), (2, 45, 64, model.config.in_channels), "float64")
         assert error(model, images, backend) <= 1e-13
 
 
 @pytest.mark.slow
-@pytest.mark.optimised
+@pytest.mark.optimized
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])  # the CPU's is held against timm in tests/parity/test_photos.py
 @pytest.mark.parametrize("name", ["dpn68b", "dpn92"])
 def test_the_fast_form_is_the_model_in_float32(backend: str, name: str) -> None:
-    model = randomised(name, num_classes=20)
+    model = randomized(name, num_classes=20)
     images = jax.random.normal(jax.random.key(0), (2, 64, 97, 3))
     assert error(model, images, backend) <= 1e-5
 
 
 @pytest.mark.slow
 def test_bfloat16_folds_before_it_casts() -> None:
-    model = randomised(TINY, dtype=jnp.bfloat16)
-    full = randomised(TINY)
+    model = randomized(TINY, dtype=jnp.bfloat16)
+    full = randomized(TINY)
     images = jax.random.normal(jax.random.key(0), (8, 64, 64, 3))
     forward = dpn_jax.fast_forward(model)
     assert forward.params.stages[1][0].reduce.kernels[0][0].dtype == jnp.bfloat16
@@ -89,7 +89,7 @@ def test_bfloat16_folds_before_it_casts() -> None:
 
 
 def test_training_mode_and_later_changes_do_not_matter() -> None:
-    model = randomised(TINY)
+    model = randomized(TINY)
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
     forward = dpn_jax.fast_forward(model)
     before = forward(images)
@@ -123,7 +123,7 @@ def test_folding_takes_little_more_memory_than_the_plain_form(dpn92_file: Path) 
 
 
 def test_a_donated_model_is_used_up() -> None:
-    model = randomised(TINY)
+    model = randomized(TINY)
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
     expected = dpn_jax.fast_forward(model)(images)
     np.testing.assert_array_equal(dpn_jax.fast_forward(model, donate=True)(images), expected)
@@ -142,7 +142,7 @@ def test_a_donated_model_is_used_up() -> None:
 )
 def test_fast_apply_is_the_model_in_training(backend: str, changes: dict[str, object]) -> None:
     with jax.enable_x64(True):
-        ours, plain = (randomised(TINY, **changes, dtype="float64", param_dtype="float64") for _ in range(2))
+        ours, plain = (randomized(TINY, **changes, dtype="float64", param_dtype="float64") for _ in range(2))
         ours.train(), plain.train()
         images = jax.random.normal(jax.random.key(0), (2, 45, 64, ours.config.in_channels), "float64")
         for _ in range(2):  # the second step sees the first one's statistics and another dropout
@@ -173,7 +173,7 @@ def test_options_that_the_compiler_does_not_know_are_left_out(monkeypatch: pytes
 
 
 def test_it_may_be_part_of_another_program() -> None:
-    model = randomised(TINY)
+    model = randomized(TINY)
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
     forward = dpn_jax.fast_forward(model)
     np.testing.assert_allclose(jax.jit(lambda x: forward(x) * 2)(images), 2 * forward(images), rtol=1e-6)
@@ -183,5 +183,5 @@ def test_wrong_arguments() -> None:
     model = dpn_jax.create_model(TINY, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="backend must be one of cpu, tpu, gpu, got 'npu'"):
         dpn_jax.fast_forward(model, backend="npu")
-    with pytest.raises(ValueError, match="normalised floats"):
+    with pytest.raises(ValueError, match="normalized floats"):
         dpn_jax.fast_forward(model)(jnp.zeros((1, 32, 32, 3), jnp.uint8))

@@ -96,13 +96,13 @@ def test_randaugment_draws_timms_operations_evenly(timm: ModuleType, monkeypatch
 
 
 def test_color_jitter_moves_within_its_range(generator: np.random.Generator) -> None:
-    grey = Image.new("RGB", (4, 4), (100, 100, 100))  # neither contrast nor saturation changes it
-    values = np.array([np.asarray(color_jitter(grey, 0.4, generator))[0, 0, 0] for _ in range(500)])
+    gray = Image.new("RGB", (4, 4), (100, 100, 100))  # neither contrast nor saturation changes it
+    values = np.array([np.asarray(color_jitter(gray, 0.4, generator))[0, 0, 0] for _ in range(500)])
     assert 60 <= values.min() < 65 and 135 < values.max() <= 140
-    colour = Image.new("RGB", (4, 4), (200, 100, 50))  # saturation and brightness only: the ratio of differences stays
-    spread = np.array([np.ptp(np.asarray(color_jitter(colour, 0.4, generator))[0, 0].astype(int)) for _ in range(500)])
+    color = Image.new("RGB", (4, 4), (200, 100, 50))  # saturation and brightness only: the ratio of differences stays
+    spread = np.array([np.ptp(np.asarray(color_jitter(color, 0.4, generator))[0, 0].astype(int)) for _ in range(500)])
     assert spread.min() < 90 < 200 < spread.max()
-    assert color_jitter(colour, 0.0, generator) == colour
+    assert color_jitter(color, 0.0, generator) == color
 
 
 def test_color_jitter_draws_the_order(monkeypatch: pytest.MonkeyPatch, generator: np.random.Generator) -> None:

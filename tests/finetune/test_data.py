@@ -21,7 +21,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from dpn_jax.config import Preprocessing
+from dpn_jax.errors import ImageError
 from dpn_jax.finetune import (
     BatchIterator,
     DataError,
@@ -32,7 +32,9 @@ from dpn_jax.finetune import (
     image_folder,
 )
 from dpn_jax.finetune.workers import prefetched
-from dpn_jax.images.transform import ImageError, Transform, read_image
+from dpn_jax.images.read import read_image
+from dpn_jax.images.transform import Transform
+from dpn_jax.pretrained import Preprocessing
 
 SMALL = Preprocessing(image_size=32)
 PLAIN = FinetuneConfig(batch_size=4, workers=0, crop_scale=(1, 1), flip=0.0)
@@ -328,11 +330,11 @@ def test_the_fill_is_the_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_one_channel_and_image_size(everything: ImageFolder) -> None:
-    grey = Preprocessing(mean=(0.5,), std=(0.2,))
+    gray = Preprocessing(mean=(0.5,), std=(0.2,))
     for train in (True, False):
         for config in (AUGMENTED, PLAIN):
             config = dataclasses.replace(config, image_size=40)
-            assert next(batches(everything, config, grey, train=train, epochs=1))["image"].shape == (4, 40, 40, 1)
+            assert next(batches(everything, config, gray, train=train, epochs=1))["image"].shape == (4, 40, 40, 1)
 
 
 def test_the_processes_share_the_batch(everything: ImageFolder) -> None:
@@ -506,8 +508,8 @@ print(json.dumps(digests(iterator)))
 @pytest.mark.slow
 def test_a_worker_holds_no_device_and_names_broken_images(changing: Path) -> None:
     with contextlib.closing(prefetched(Probe(), 1)) as found:
-        pid, initialised, platforms = next(found)
-    assert pid != os.getpid() and not initialised and platforms == "cpu"
+        pid, initialized, platforms = next(found)
+    assert pid != os.getpid() and not initialized and platforms == "cpu"
     (changing / "dog" / "3.png").write_bytes(b"broken")
     folder, config = image_folder(changing, split="all"), dataclasses.replace(AUGMENTED, workers=2)
     with pytest.raises(DataError, match=r"dog/3\.png: not an image.*--skip-broken"):

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from dpn_jax.cli.main import main
 from dpn_jax.finetune import read_metrics
-from tests.support.finetune_runs import COLOURS, Runs, contents, finish, wait_for
+from tests.support.finetune_runs import COLORS, Runs, contents, finish, wait_for
 
 KILLS = int(os.environ.get("KILLS", "2"))
 
@@ -234,4 +234,4 @@ def test_two_processes_equal_one(runs: Runs, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_classify_names_the_users_classes(runs: Runs, reference: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["classify", str(runs.images / "red"), "--weights", str(reference / "model.safetensors")]) == 0
-    assert {line.split()[-1] for line in capfd.readouterr().out.splitlines() if line[0] == " "} == set(COLOURS)
+    assert {line.split()[-1] for line in capfd.readouterr().out.splitlines() if line[0] == " "} == set(COLORS)

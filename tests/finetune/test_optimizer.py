@@ -1,4 +1,4 @@
-"""The optimiser and its schedule, against hand-computed values."""
+"""The optimizer and its schedule, against hand-computed values."""
 
 import math
 from collections.abc import Sequence

@@ -20,7 +20,7 @@ from dpn_jax.finetune import loop as training_module
 from dpn_jax.finetune.loop import Plan
 from dpn_jax.finetune.metrics import quality
 from dpn_jax.finetune.report import METRICS, Log
-from tests.support.finetune_runs import COLOURS, TINY, contents, write_images, write_weights
+from tests.support.finetune_runs import COLORS, TINY, contents, write_images, write_weights
 
 CONFIG = FinetuneConfig(
     epochs=3, batch_size=8, workers=0, optimizer="sgd", learning_rate=0.05, warmup_epochs=0, ema_decay=0.8, keep=1
@@ -37,7 +37,7 @@ def a_line_an_epoch() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images") / "colours")
+    return write_images(tmp_path_factory.mktemp("images") / "colors")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_metrics_have_a_line_for_each_log_and_validation(finished: Finetuned) ->
 def test_the_record_says_what_the_run_was_begun_with(finished: Finetuned) -> None:
     record = json.loads((finished.output / "config.json").read_text())
     assert record["config"]["learning_rate"] == 0.05
-    assert record["class_names"] == list(COLOURS)
+    assert record["class_names"] == list(COLORS)
     assert record["source"] == "tiny.safetensors"
     assert (record["images"]["train"][0], record["images"]["val"][0]) == (24, 6)
     assert record["versions"].keys() >= {"dpn-jax", "jax", "optax"}
@@ -90,10 +90,10 @@ def test_the_record_says_what_the_run_was_begun_with(finished: Finetuned) -> Non
 
 def test_the_weights_name_the_users_classes(finished: Finetuned, images: Path) -> None:
     classifier = dpn_jax.Classifier.from_pretrained(finished.weights)
-    assert classifier.labels == COLOURS
+    assert classifier.labels == COLORS
     assert classifier.transform.preprocessing.image_size == 32
     (best,) = classifier(images / "red" / "0.png", top_k=1)
-    assert best.label in COLOURS
+    assert best.label in COLORS
 
 
 def test_the_weights_are_the_moving_average(finished: Finetuned) -> None:
@@ -244,7 +244,7 @@ def test_broken_images_are_named_or_left_out_and_listed(images: Path, weights: P
 
 def test_initial_model_keeps_the_classifier_of_the_same_classes_only(finished: Finetuned, weights: Path) -> None:
     notes: list[str] = []
-    kept = initial_model(finished.weights, CONFIG, COLOURS, note=notes.append)
+    kept = initial_model(finished.weights, CONFIG, COLORS, note=notes.append)
     other = initial_model(finished.weights, CONFIG, ("a", "b", "c"), note=notes.append)
     saved = dpn_jax.load(finished.weights).classifier.kernel.get_value()
     assert np.array_equal(kept.classifier.kernel.get_value(), saved)

@@ -48,17 +48,17 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def model() -> dpn_jax.DPN:
     """A tiny model; do not change it."""
-    return randomised(TINY)
+    return randomized(TINY)
 
 
 @pytest.fixture(scope="module")
 def begin(model: dpn_jax.DPN) -> Callable[[FinetuneConfig], TrainState]:
-    """A state with the optimiser that this configuration had before: its step is compiled once."""
+    """A state with the optimizer that this configuration had before: its step is compiled once."""
     make = functools.cache(lambda config: make_optimizer(config, model, steps=10 if config == FULL else None))
     return lambda config: TrainState.create(model, make(config), config)
 
 
-def randomised(config: dpn_jax.DPNConfig) -> dpn_jax.DPN:
+def randomized(config: dpn_jax.DPNConfig) -> dpn_jax.DPN:
     """A model with random parameters and norm statistics."""
     model = dpn_jax.DPN(config, rngs=None)
     rng = np.random.default_rng(0)
@@ -91,7 +91,7 @@ def arrays(state: nnx.State) -> dict[str, np.ndarray]:
 
 
 def logits_of(model: dpn_jax.DPN, images: np.ndarray) -> np.ndarray:
-    return np.array(jax.jit(model)(Transform(dpn_jax.config.default_preprocessing(TINY)).normalize(images)))
+    return np.array(jax.jit(model)(Transform(dpn_jax.pretrained.default_preprocessing(TINY)).normalize(images)))
 
 
 TRAINED: dict[str, Callable[[str], bool]] = {
@@ -109,8 +109,8 @@ TRAINED: dict[str, Callable[[str], bool]] = {
     [*((freeze, "train") for freeze in TRAINED), ("none", "frozen")],
 )
 def test_what_is_frozen_stays_to_the_bit(freeze: str, norms: str) -> None:
-    model = randomised(data_parallel.TINY.replace(num_classes=CLASSES))
-    # by itself this optimiser would let frozen parameters decay; make_optimizer's would not
+    model = randomized(data_parallel.TINY.replace(num_classes=CLASSES))
+    # by itself this optimizer would let frozen parameters decay; make_optimizer's would not
     config = FinetuneConfig(freeze=freeze, norms=norms, ema_decay=0.4)
     tx = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1))
     state = TrainState.create(model, tx, config)
@@ -249,8 +249,8 @@ def test_gradient_norm_is_that_of_what_is_trained(model: dpn_jax.DPN) -> None:
         logits = features @ kernel[0, 0] + bias
         return optax.softmax_cross_entropy_with_integer_labels(logits, data["label"]).mean()
 
-    normalised = Transform(dpn_jax.config.default_preprocessing(TINY)).normalize(data["image"])
-    features = eager.forward_features(normalised).mean(axis=(1, 2))
+    normalized = Transform(dpn_jax.pretrained.default_preprocessing(TINY)).normalize(data["image"])
+    features = eager.forward_features(normalized).mean(axis=(1, 2))
     expected = optax.tree.norm(jax.grad(loss)((eager.classifier.kernel[...], eager.classifier.bias[...])))
     _, metrics = train_step(state, data)
     assert float(metrics["gradient_norm"]) == pytest.approx(float(expected), rel=1e-4)
@@ -277,7 +277,7 @@ def test_misfits_are_named(model: dpn_jax.DPN) -> None:
         train_step(state, {"image": data["image"]})
     with pytest.raises(ValueError, match=r"images must be \[B, H, W, 3\]"):
         eval_step(state, data | {"image": data["image"][..., :1]})
-    with pytest.raises(ValueError, match="normalised floats"):
+    with pytest.raises(ValueError, match="normalized floats"):
         eval_step(state, data | {"image": data["image"].astype(np.int32)})
     with pytest.raises(ValueError, match=r"labels must be \[4\] or \[4, 7\], got \[4, 6\]"):
         eval_step(state, data | {"label": np.zeros((4, 6), np.float32)})

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from dpn_jax.config import Preprocessing
-from dpn_jax.images.transform import MAX_PIXELS, ImageError, Transform, read_image
+from dpn_jax.errors import ImageError
+from dpn_jax.images.read import MAX_PIXELS, read_image
+from dpn_jax.images.transform import Transform
+from dpn_jax.pretrained import Preprocessing
 
 SMALL = Transform(Preprocessing(image_size=32), exif=True)
 FORMATS = ("jpeg", "png", "gif", "webp", "bmp", "tiff", "ppm")
@@ -137,7 +139,7 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ("error", "reason"),
     [
         (ValueError("two\nlines"), "two lines"),
-        (SyntaxError("colour \x1b[31m"), r"'colour \\x1b\[31m'"),
+        (SyntaxError("color \x1b[31m"), r"'color \\x1b\[31m'"),
         (MemoryError(), "MemoryError"),
         (struct.error("short"), "short"),
     ],

@@ -9,8 +9,8 @@ from flax import nnx
 from PIL import Image
 
 import dpn_jax
+from dpn_jax.errors import ImageError
 from dpn_jax.fast.forward import Folded
-from dpn_jax.images.transform import ImageError
 from dpn_jax.inference.throughput import Clock
 from tests.test_model import TINY
 
@@ -112,7 +112,7 @@ def test_imagenet_labels_come_with_1000_classes() -> None:
     assert classifier.synsets[281] == "n02123045"
 
 
-def test_grey_images_for_one_channel(pictures: list[np.ndarray]) -> None:
+def test_gray_images_for_one_channel(pictures: list[np.ndarray]) -> None:
     classifier = dpn_jax.Classifier(dpn_jax.create_model(TINY, in_channels=1, rngs=nnx.Rngs(0)))
     assert classifier.transform(pictures[0]).shape == (224, 224, 1)
     assert len(classifier(pictures[0])) == 5

@@ -7,9 +7,10 @@ from flax import nnx
 from PIL import Image
 
 import dpn_jax
-from dpn_jax.images.transform import ImageError, imagenet_labels
+from dpn_jax.errors import ImageError
+from dpn_jax.images.labels import imagenet_labels
 from dpn_jax.inference.classifier import Prediction
-from dpn_jax.inference.evaluation import labelled_images, score
+from dpn_jax.inference.evaluation import labeled_images, score
 from tests.test_model import TINY
 
 
@@ -40,7 +41,7 @@ def class_folders(root: Path, *names: str) -> Path:
 def test_folders_are_labels_synsets_or_numbers(
     tmp_path: Path, labels: tuple[str, ...], names: tuple[str, ...], expected: list[int]
 ) -> None:
-    examples = labelled_images(class_folders(tmp_path, *names), classifier(*labels))
+    examples = labeled_images(class_folders(tmp_path, *names), classifier(*labels))
     assert [example.label for example in examples] == expected
     assert [example.path for example in examples] == [tmp_path / name / "photo.png" for name in sorted(names)]
 
@@ -61,15 +62,15 @@ def test_unknown_folders_are_named(
     tmp_path: Path, labels: tuple[str, ...], names: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        labelled_images(class_folders(tmp_path, *names), classifier(*labels))
+        labeled_images(class_folders(tmp_path, *names), classifier(*labels))
 
 
 def test_folders_without_anything(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="no class folders"):
-        labelled_images(class_folders(tmp_path, ".hidden"), classifier("ant"))
+        labeled_images(class_folders(tmp_path, ".hidden"), classifier("ant"))
     (tmp_path / "ant").mkdir()
     with pytest.raises(ImageError, match="ant: no images in this class folder"):
-        labelled_images(tmp_path, classifier("ant"))
+        labeled_images(tmp_path, classifier("ant"))
 
 
 def test_score_counts_ranks_and_failures() -> None:
@@ -91,7 +92,7 @@ def test_the_score_is_that_of_the_logits(tmp_path: Path) -> None:
     for seed in range(5):
         pixels = np.random.default_rng(seed).integers(0, 256, (40, 50, 3), np.uint8)
         Image.fromarray(pixels).save(root / "b" / f"{seed}.png")
-    examples = labelled_images(root, tested)
+    examples = labeled_images(root, tested)
     logits = tested.logits(np.stack([transform(path) for path, _ in examples]))
     labels = np.array([label for _, label in examples])
     ranks = np.argsort(-logits, axis=1)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import dpn_jax
-from dpn_jax.inference.export import BACKENDS, ExportError, export_model, load_exported
-from tests.fast.test_forward import TINY, randomised
+from dpn_jax.errors import ExportError
+from dpn_jax.inference.export import BACKENDS, export_model, load_exported
+from tests.fast.test_forward import TINY, randomized
 
 READER = """
 import json, sys
@@ -35,7 +36,7 @@ for name in sys.argv[2:]:
 
 @pytest.mark.slow
 def test_a_process_without_dpn_jax_gets_the_same_logits(tmp_path: Path) -> None:
-    model = randomised(TINY)
+    model = randomized(TINY)
     images = np.random.default_rng(0).standard_normal((3, 32, 32, 3), np.float32)
     expected = model(jnp.asarray(images))
     np.save(tmp_path / "images.npy", images)

@@ -14,18 +14,18 @@ timm = import_timm()
 VARIANTS = tuple(name for name in dpn_jax.list_models() if timm.is_model(name))
 
 
-def randomised(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, **options: object) -> torch.nn.Module:
+def randomized(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, **options: object) -> torch.nn.Module:
     """A timm model in eval mode whose norms have random statistics and affine parameters.
 
     Fresh norms are all (1, 0, 0, 1): they would hide swapped tensors.
     """
     torch.manual_seed(seed)
     model = timm.create_model(name, **options).to(dtype).eval()
-    randomise_norms(model)
+    randomize_norms(model)
     return model
 
 
-def randomise_norms(model: torch.nn.Module) -> None:
+def randomize_norms(model: torch.nn.Module) -> None:
     """Fills every norm with random statistics and affine parameters."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):

@@ -26,7 +26,7 @@ SGD = {"optimizer": "sgd", "learning_rate": 0.005, "momentum": 0.9, "weight_deca
 
 def tiny(timm: ModuleType) -> torch.nn.Module:
     model = timm_dpn(timm, k_sec=(1,), inc_sec=(4,)).double()
-    reference.randomise_norms(model)
+    reference.randomize_norms(model)
     return model
 
 
@@ -35,7 +35,7 @@ def dotted(path: KeyPath) -> str:
 
 
 def dpn68b(timm: ModuleType) -> torch.nn.Module:
-    return reference.randomised("dpn68b", k_sec=(1, 1, 1, 1), num_classes=CLASSES)
+    return reference.randomized("dpn68b", k_sec=(1, 1, 1, 1), num_classes=CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_groups_are_timms(timm: ModuleType) -> None:
 
     theirs = timm.create_model("dpn68b", num_classes=CLASSES)
     groups = param_groups_layer_decay(theirs, weight_decay=0.05, layer_decay=0.5)
-    config = dpn_jax.config.get_config("dpn68b").replace(num_classes=CLASSES)
+    config = dpn_jax.pretrained.get_config("dpn68b").replace(num_classes=CLASSES)
     params = nnx.as_pure(nnx.state(dpn_jax.DPN(config, rngs=None), nnx.Param))
     distances = jax.tree.map_with_path(lambda path, _: distance(path_of(path), config.depths), params)
     ours = {dotted(path): 0.5**value for path, value in jax.tree.leaves_with_path(distances)}

@@ -12,7 +12,7 @@ import torch
 from flax import nnx
 
 import dpn_jax
-from dpn_jax.config import get_config
+from dpn_jax.pretrained import get_config
 from tests.parity import reference
 
 BOUNDS = {"float64": 1e-10, "float32": 1e-5}
@@ -20,7 +20,7 @@ INPUTS = [(3, 224, 224), (1, 193, 257), (4, 288, 288)]  # only the stem knows ho
 # as users compile it, for one variant of each kind; it takes longer
 OPTIMISED = [("dpn68b", *INPUTS[0]), ("dpn92", *INPUTS[0])]
 CASES = [
-    pytest.param((name, shape[0]), name, *shape, marks=pytest.mark.optimised if (name, *shape) in OPTIMISED else ())
+    pytest.param((name, shape[0]), name, *shape, marks=pytest.mark.optimized if (name, *shape) in OPTIMISED else ())
     for name in reference.VARIANTS
     for shape in INPUTS
 ]
@@ -53,7 +53,7 @@ def timm_outputs(model: torch.nn.Module, images: torch.Tensor) -> dict[str, np.n
 def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, Path]:
     """A variant with so many input channels, float64, and its file; made once for all sizes."""
     name, channels = request.param
-    theirs = reference.randomised(name, in_chans=channels)
+    theirs = reference.randomized(name, in_chans=channels)
     return theirs, reference.write(theirs, tmp_path_factory.mktemp(name) / "model.safetensors")
 
 
@@ -86,7 +86,7 @@ def pooled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax", ""])
 def test_every_pool_equals_timm(pooled: tuple[str, Path], pool: str) -> None:
     name, folder = pooled
-    theirs = reference.randomised(name, global_pool=pool, num_classes=11)
+    theirs = reference.randomized(name, global_pool=pool, num_classes=11)
     path = reference.write(theirs, folder / f"{pool}.safetensors")
     features = reference.images((2, 5, 7, theirs.num_features))
     for dtype, bound in BOUNDS.items():
@@ -99,8 +99,8 @@ def test_every_pool_equals_timm(pooled: tuple[str, Path], pool: str) -> None:
             assert reference.relative_error(got, reference.nhwc(expected)) <= bound
 
 
-def test_catavgmax_is_recognised_from_the_classifier(tmp_path: Path) -> None:
-    theirs = reference.randomised("dpn68", global_pool="catavgmax", num_classes=7)
+def test_catavgmax_is_recognized_from_the_classifier(tmp_path: Path) -> None:
+    theirs = reference.randomized("dpn68", global_pool="catavgmax", num_classes=7)
     ours = dpn_jax.load(reference.write(theirs, tmp_path / "model.safetensors"))
     assert (ours.config.global_pool, ours.config.num_classes) == ("catavgmax", 7)
 
@@ -110,7 +110,7 @@ def test_catavgmax_is_recognised_from_the_classifier(tmp_path: Path) -> None:
 def test_test_time_pooling_equals_timm(size: tuple[int, int], tmp_path: Path) -> None:
     from timm.layers.test_time_pool import TestTimePoolHead
 
-    theirs = reference.randomised("dpn48b")
+    theirs = reference.randomized("dpn48b")
     path = reference.write(theirs, tmp_path / "model.safetensors")
     images = reference.images((1, *size, 3))
     with torch.no_grad():
@@ -166,7 +166,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[torch.nn.Mo
         b=True,
     )
     theirs = theirs.double().eval()
-    reference.randomise_norms(theirs)
+    reference.randomize_norms(theirs)
     path = reference.write(theirs, tmp_path_factory.mktemp("tiny") / "tiny.safetensors")
     with jax.enable_x64(True):
         yield theirs, dpn_jax.load(path, dtype="float64", param_dtype="float64")

@@ -23,11 +23,11 @@ def timm_logits(model: torch.nn.Module, tag: str) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.optimised
+@pytest.mark.optimized
 @pytest.mark.parametrize("tag", ["dpn68b.ra_in1k", "dpn92.mx_in1k"])
 def test_top5_of_real_photos_equals_timms(tag: str, tmp_path: Path) -> None:
     assert len(PHOTOS) >= 8
-    theirs = reference.randomised(tag.split(".")[0], dtype=torch.float32)
+    theirs = reference.randomized(tag.split(".")[0], dtype=torch.float32)
     path = reference.write(theirs, tmp_path / "model.safetensors")
     expected = timm_logits(theirs, tag)
     classifier = dpn_jax.Classifier.from_pretrained(path, transform=dpn_jax.preprocessing(tag), batch_size=8)
@@ -42,9 +42,9 @@ def test_top5_of_real_photos_equals_timms(tag: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.optimised
+@pytest.mark.optimized
 def test_bfloat16_agrees_with_float32_on_real_photos(tmp_path: Path) -> None:
-    path = reference.write(reference.randomised("dpn68b", dtype=torch.float32), tmp_path / "model.safetensors")
+    path = reference.write(reference.randomized("dpn68b", dtype=torch.float32), tmp_path / "model.safetensors")
     transform = dpn_jax.preprocessing("dpn68b.mx_in1k")
     images = np.stack([transform(photo) for photo in PHOTOS])
     full, half = (

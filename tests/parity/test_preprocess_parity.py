@@ -1,4 +1,4 @@
-"""The prepared images are timm's, bit for bit: the pixels before normalisation and the floats after it."""
+"""The prepared images are timm's, bit for bit: the pixels before normalization and the floats after it."""
 
 import functools
 import importlib.util
@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from convert.timm_import import import_timm
-from dpn_jax.config import PRETRAINED, Preprocessing
-from dpn_jax.images.transform import ImageError, Transform, imagenet_labels, preprocessing
+from dpn_jax.errors import ImageError
+from dpn_jax.images.labels import imagenet_labels
+from dpn_jax.images.transform import Transform, preprocessing
+from dpn_jax.pretrained import PRETRAINED, Preprocessing
 
 timm = import_timm()
 import torch  # noqa: E402
@@ -78,21 +80,21 @@ def test_photos_are_there() -> None:
 def test_every_tag_on_real_photos(tag: str, use_test_size: bool) -> None:
     config = timm.data.resolve_data_config({}, model=timm_model(tag), use_test_size=use_test_size)
     reference = timm.data.create_transform(**config, is_training=False)
-    unnormalised = timm.data.create_transform(**config, is_training=False, normalize=False)
+    unnormalized = timm.data.create_transform(**config, is_training=False, normalize=False)
     transform = preprocessing(tag, use_test_size=use_test_size)
     for path in VARIED:
         image = timm_image(path)
-        same(unnormalised(image), transform.crop(path))
+        same(unnormalized(image), transform.crop(path))
         same(reference(image), transform(path))
 
 
 @pytest.mark.parametrize("path", PHOTOS, ids=lambda path: path.name)
 def test_every_photo(path: Path) -> None:
-    """Grey, palettes, alpha, bilevel, frames: whatever scikit-image has lying about."""
+    """Gray, palettes, alpha, bilevel, frames: whatever scikit-image has lying about."""
     transform = preprocessing("dpn92.mx_in1k")
     same(timm_transform(transform.preprocessing)(timm_image(path)), transform(path))
-    grey = Preprocessing(mean=(0.5,), std=(0.2,))
-    same(timm_transform(grey)(timm_image(path, "L")), Transform(grey)(path))
+    gray = Preprocessing(mean=(0.5,), std=(0.2,))
+    same(timm_transform(gray)(timm_image(path, "L")), Transform(gray)(path))
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos", "nearest"])
@@ -154,10 +156,10 @@ def test_timm_dataset_reads_the_same_files(tmp_path: Path) -> None:
     exif[0x0112] = 6
     photo.save(tmp_path / "exif.jpg", exif=exif)
     photo.convert("CMYK").save(tmp_path / "cmyk.jpg")
-    photo.convert("L").save(tmp_path / "grey.png")
+    photo.convert("L").save(tmp_path / "gray.png")
     photo.quantize(64).save(tmp_path / "palette.png", transparency=bytes(range(64)))
     Image.merge("RGBA", [*photo.split(), photo.convert("L")]).save(tmp_path / "alpha.png")
-    Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257).save(tmp_path / "grey16.png")
+    Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257).save(tmp_path / "gray16.png")
     photo.save(tmp_path / "animated.gif", save_all=True, append_images=[photo.rotate(90)])
     (tmp_path / "animated.gif").rename(tmp_path / "animated.png")  # timm goes by content too
     transform = preprocessing("dpn68b.ra_in1k")

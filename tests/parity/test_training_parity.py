@@ -35,7 +35,7 @@ def step(model: dpn_jax.DPN, images: jax.Array, labels: jax.Array, backend: str 
 
 FULL, SHORT = {}, {"k_sec": (1, 2, 1, 1)}
 # without the costly passes, XLA's own grouped convolutions take minutes to differentiate
-XLAS_OWN = (pytest.mark.slow, pytest.mark.optimised)
+XLAS_OWN = (pytest.mark.slow, pytest.mark.optimized)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ XLAS_OWN = (pytest.mark.slow, pytest.mark.optimised)
 def test_three_sgd_steps_equal_timm(
     name: str, options: dict[str, object], remat: bool, norms: str, backend: str | None, tmp_path: Path
 ) -> None:
-    theirs = reference.randomised(name, num_classes=10, **options).train(norms == "train")
+    theirs = reference.randomized(name, num_classes=10, **options).train(norms == "train")
     path = reference.write(theirs, tmp_path / "model.safetensors")
     ours = dpn_jax.load(path, dtype="float64", param_dtype="float64", remat=remat)
     ours.train() if norms == "train" else ours.eval()

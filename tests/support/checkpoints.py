@@ -44,10 +44,10 @@ def timm_dpn(timm: ModuleType, *, split: bool = False, seed: int = 0, **options:
     """timm's DPN of the sizes of `TINY`, with random weights, statistics and counters; in eval mode."""
     sizes = {"k_sec": (1, 1, 1), "inc_sec": (4, 4, 4), "k_r": 8, "groups": 4, "num_init_features": 8, "num_classes": 5}
     torch.manual_seed(seed)
-    return randomise(timm.models.dpn.DPN(small=True, b=split, **sizes | options))
+    return randomize(timm.models.dpn.DPN(small=True, b=split, **sizes | options))
 
 
-def randomise(model: torch.nn.Module) -> torch.nn.Module:
+def randomize(model: torch.nn.Module) -> torch.nn.Module:
     """Gives every norm its own statistics: fresh ones are all 0 and 1 and hide swapped tensors."""
     for name, tensor in model.state_dict().items():
         if name.endswith("running_var"):

@@ -24,13 +24,13 @@ TINY = DPNConfig(
     stem_kernel=3,
     num_classes=5,
 )
-COLOURS = ("blue", "green", "red")
+COLORS = ("blue", "green", "red")
 
 
 def write_images(folder: Path, count: int = 10) -> Path:
     """Class folders of noise with a tinge, which a small network learns in a few steps."""
     generator = np.random.default_rng(0)
-    for channel, name in enumerate(reversed(COLOURS)):
+    for channel, name in enumerate(reversed(COLORS)):
         (folder / name).mkdir(parents=True)
         for index in range(count):
             pixels = generator.integers(0, 120, (36, 40, 3))

@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from dpn_jax.config import DPN_MEAN
+from dpn_jax.pretrained import DPN_MEAN
 
 CONFIG = {
     "num_classes": 5,

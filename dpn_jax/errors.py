@@ -1,0 +1,73 @@
+"""The exceptions of the package, and how a reason and a path are printed: on one line."""
+
+import os
+
+_OF_THE_SYSTEM = ("No space left on device", "File too large", "Disk quota exceeded", "Permission denied")
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, in one printable line of at most 200 characters.
+
+    Example:
+      >>> reason(FileNotFoundError(2, "No such file or directory", "photo.jpg"))
+      'No such file or directory'
+      >>> reason(RuntimeError("write failed:\\n  OS error 28: No space left on device [...]"))
+      'No space left on device'
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    known = next((phrase for phrase in _OF_THE_SYSTEM if phrase in text), text[:200])  # libraries wrap the system's
+    return shown(known) if known else type(error).__name__
+
+
+def shown(path: str | bytes | os.PathLike) -> str:
+    """What a message calls a path or a name: printable, on one line.
+
+    Example:
+      >>> shown("photo.jpg"), shown("new\\nline.jpg")
+      ('photo.jpg', "'new\\\\nline.jpg'")
+    """
+    name = os.fsdecode(path)
+    return name if name.isprintable() else repr(name)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or does not fit; the first line of the message says why and what to do.
+
+    Attributes:
+      missing, unknown, misshaped: every tensor at fault, sorted, where that is the reason.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        missing: tuple[str, ...] = (),
+        unknown: tuple[str, ...] = (),
+        misshaped: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.missing = missing
+        self.unknown = unknown
+        self.misshaped = misshaped
+
+
+class ImageError(ValueError):
+    """An image that cannot be read or prepared; its message is one printable line that names the file."""
+
+
+class ExportError(ValueError):
+    """A model cannot be exported, or an exported one not read; the message is one line that names the file."""
+
+
+class DataError(ValueError):
+    """A folder or an image that cannot be trained on; its message is one line that names it."""
+
+
+class RunError(ValueError):
+    """A fine-tuning run cannot begin or go on; the message says why and what to do, in one line."""
+
+
+class DivergedError(RunError):
+    """The loss, the gradient or a parameter is no longer finite."""

@@ -1,0 +1,160 @@
+"""The published weights: tags, how images are prepared for them, figures (standard library only)."""
+
+import dataclasses
+from typing import NamedTuple
+
+from dpn_jax.config import VARIANTS, DPNConfig, is_int, unknown_name_message, variant_of
+
+DPN_MEAN = (124 / 255, 117 / 255, 104 / 255)
+DPN_STD = (1 / (0.0167 * 255),) * 3
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How images are prepared for a set of weights (timm's `pretrained_cfg`).
+
+    Args:
+      image_size: side of the square that the network sees, pixels.
+      crop_fraction: the image's shorter side is resized to `floor(image_size / crop_fraction)` before the center crop.
+      interpolation: 'bicubic', 'bilinear', 'lanczos' or 'nearest'.
+      mean, std: per-channel normalization of values in [0, 1].
+    """
+
+    image_size: int = 224
+    crop_fraction: float = 0.875
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        if not is_int(self.image_size) or self.image_size < 32:
+            raise ValueError(f"image_size must be an integer of at least 32 pixels, got {self.image_size!r}")
+        if not 0 < self.crop_fraction <= 1:
+            raise ValueError(f"crop_fraction must be in (0, 1], got {self.crop_fraction!r}")
+        if self.interpolation not in ("bicubic", "bilinear", "lanczos", "nearest"):
+            raise ValueError(f"interpolation must be bicubic, bilinear, lanczos or nearest, got {self.interpolation!r}")
+        if len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
+            raise ValueError(f"mean and std must be equally long and std positive, got {self.mean!r} and {self.std!r}")
+
+
+class Provenance(NamedTuple):
+    """Where a model's weights come from; kept when it is saved. Every field may be unknown (None)."""
+
+    source: str | None = None
+    """A tag, hub id or file name."""
+    sha256: str | None = None
+    """SHA-256 of the file that the weights were read from, in hexadecimal."""
+    preprocessing: Preprocessing | None = None
+    """How images must be prepared."""
+    class_names: tuple[str, ...] | None = None
+    """What the logits mean, where that is not ImageNet-1k."""
+    files: tuple[tuple[str, int, int], ...] = ()
+    """The files that were read (path, bytes, nanoseconds of the last change), to hash them when the model is saved."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainedTag:
+    """A variant with published weights.
+
+    Args:
+      variant: the architecture's name in `VARIANTS`.
+      preprocessing: how timm evaluates these weights.
+      test_preprocessing: how timm evaluates them with `use_test_size`, where that differs.
+      top1, top5: accuracy with `preprocessing`, percent: the published one on ImageNet-1k (timm
+        `results/results-imagenet.csv`), or on what `data` names.
+      num_classes: width of the classifier.
+      packaged: name of the file where it comes with this package; the others are on the hub.
+      data: what the weights were trained for.
+    """
+
+    variant: str
+    preprocessing: Preprocessing
+    test_preprocessing: Preprocessing | None = None
+    top1: float
+    top5: float
+    num_classes: int = 1000
+    packaged: str | None = None
+    data: str = "ImageNet-1k"
+
+    @property
+    def config(self) -> DPNConfig:
+        """The architecture of the published weights."""
+        return VARIANTS[self.variant].replace(num_classes=self.num_classes)
+
+
+_MX = Preprocessing(mean=DPN_MEAN, std=DPN_STD)
+_RA = Preprocessing(crop_fraction=0.95)
+
+
+PRETRAINED: dict[str, PretrainedTag] = {
+    "dpn68.mx_in1k": PretrainedTag(variant="dpn68", preprocessing=_MX, top1=76.304, top5=92.994),
+    "dpn68b.mx_in1k": PretrainedTag(variant="dpn68b", preprocessing=_MX, top1=77.494, top5=93.834),
+    "dpn68b.ra_in1k": PretrainedTag(
+        variant="dpn68b",
+        preprocessing=_RA,
+        test_preprocessing=dataclasses.replace(_RA, image_size=288, crop_fraction=1.0),
+        top1=78.546,
+        top5=93.982,
+    ),
+    "dpn92.mx_in1k": PretrainedTag(variant="dpn92", preprocessing=_MX, top1=80.032, top5=94.876),
+    "dpn98.mx_in1k": PretrainedTag(variant="dpn98", preprocessing=_MX, top1=79.664, top5=94.644),
+    "dpn131.mx_in1k": PretrainedTag(variant="dpn131", preprocessing=_MX, top1=79.836, top5=94.708),
+    "dpn107.mx_in1k": PretrainedTag(variant="dpn107", preprocessing=_MX, top1=80.166, top5=94.932),
+    # trained by recipes/dpn_tiny_digits.md
+    "dpn_tiny.digits": PretrainedTag(
+        variant="dpn_tiny",
+        preprocessing=Preprocessing(image_size=32, crop_fraction=1.0),
+        top1=99.15,
+        top5=100.0,
+        num_classes=10,
+        packaged="dpn_tiny_digits.safetensors",
+        data="digits",
+    ),
+}
+
+
+def list_pretrained() -> list[str]:
+    """Tags of the published weights that `from_pretrained` knows.
+
+    Example:
+      >>> list_pretrained()[3]
+      'dpn92.mx_in1k'
+    """
+    return list(PRETRAINED)
+
+
+def default_preprocessing(config: DPNConfig) -> Preprocessing:
+    """What timm assumes for weights of which only the architecture is known: the variant's default tag's.
+
+    Example:
+      >>> default_preprocessing(get_config("dpn68b")) == PRETRAINED["dpn68b.ra_in1k"].preprocessing
+      True
+    """
+    tags = [tag for tag in PRETRAINED.values() if tag.variant == variant_of(config)]
+    preprocessing = tags[-1].preprocessing if tags else Preprocessing()
+    if config.in_channels != 3:
+        mean, std = sum(preprocessing.mean) / 3, sum(preprocessing.std) / 3
+        channels = config.in_channels
+        preprocessing = dataclasses.replace(preprocessing, mean=(mean,) * channels, std=(std,) * channels)
+    return preprocessing
+
+
+def get_config(name: str) -> DPNConfig:
+    """The configuration of a variant or pretrained tag.
+
+    Raises:
+      ValueError: the name is not known; the message suggests the nearest ones.
+
+    Example:
+      >>> get_config("dpn92").num_features
+      2688
+    """
+    if name in PRETRAINED:
+        return PRETRAINED[name].config
+    if name not in VARIANTS:
+        raise ValueError(unknown_name_message(name, [*VARIANTS, *PRETRAINED]))
+    return VARIANTS[name]
