@@ -33,6 +33,7 @@ ORDER = [
     "errors",
     "layers",
     "model",
+    "stock",
     "checkpoint",
     "images",
     "fast",
