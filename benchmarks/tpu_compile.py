@@ -34,7 +34,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import dpn_jax
 from benchmarks.report import print_setting
 from dpn_jax.config import DPNConfig
-from dpn_jax.fast.forward import PLANS, FastForward
+from dpn_jax.fast.forward import FastForward
+from dpn_jax.fast.plan import PLANS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Whether a model is *stock*: its modules are exactly this package's, as `DPN(config)` builds them.
 
-What assumes the stock structure (the fast forms, conversion to timm) asks here first, so that a changed model is refused
-in one line and never silently wrong.
+What assumes the stock structure (the fast forms, conversion to timm) asks here first, so that a changed model is
+refused in one line and never silently wrong.
 """
 
 import functools

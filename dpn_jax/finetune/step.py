@@ -14,7 +14,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from dpn_jax.config import DPNConfig
-from dpn_jax.fast.forward import compiler_options, fast_apply
+from dpn_jax.fast.plan import compiler_options
+from dpn_jax.fast.training import fast_apply
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.mixup import mix
 from dpn_jax.finetune.parameters import frozen_norms, trainable

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from dpn_jax.checkpoint.files import write_atomically
 from dpn_jax.errors import ExportError, reason
-from dpn_jax.fast.forward import PLANS, FastForward, Plan
+from dpn_jax.fast.forward import FastForward
 from dpn_jax.fast.grouped import Native
+from dpn_jax.fast.plan import PLANS, Plan
 from dpn_jax.model import DPN
 from dpn_jax.pretrained import default_preprocessing
 

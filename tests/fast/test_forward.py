@@ -11,7 +11,7 @@ from flax import nnx
 
 import dpn_jax
 from dpn_jax.config import DPNConfig
-from dpn_jax.fast.forward import PLANS
+from dpn_jax.fast.plan import PLANS
 from tests.test_model import TINY as LARGER
 
 TINY = LARGER.replace(depths=(2, 1), dense_increments=(4, 4))

@@ -10,7 +10,7 @@ from PIL import Image
 
 import dpn_jax
 from dpn_jax.errors import ImageError
-from dpn_jax.fast.forward import Folded
+from dpn_jax.fast.fold import Folded
 from dpn_jax.inference.throughput import Clock
 from tests.test_model import TINY
 
