@@ -113,9 +113,13 @@ class DualPathBlock(nnx.Module):
     def __call__(self, x: DualPath | jax.Array) -> DualPath:
         """Maps both paths (or the stem's output) to both paths, `[B, H', W', C]` each."""
         kept, x = self.operations.fork(x)
-        residual, dense = kept if self.shortcut is None else split_paths(self.shortcut(kept), self.residual_channels)
+        residual, dense = self.project(kept)
         added, appended = self.expand(self.grouped(self.reduce(x)))
         return DualPath(residual + added, jnp.concatenate([dense, appended], axis=-1))
+
+    def project(self, x: DualPath | jax.Array) -> DualPath:
+        """The two paths to add to and to append to: those that come in, or a stage's fresh ones."""
+        return x if self.shortcut is None else split_paths(self.shortcut(x), self.residual_channels)
 
     def set_view(self, operations: Operations | None = None) -> None:
         """For `nnx.view`: other operations."""
