@@ -11,12 +11,11 @@ import pytest
 from flax import nnx
 
 import dpn_jax
-from dpn_jax import DPN
 from dpn_jax.blocks import DualPath, DualPathBlock
 from dpn_jax.layers import NormAct
 from dpn_jax.stock import changes
 from tests.support.changed_models import CHANGED, SqueezeExciteBlock, changed_model
-from tests.test_model import TINY
+from tests.support.models import TINY
 
 IMAGES = np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32)
 

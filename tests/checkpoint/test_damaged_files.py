@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+
+pytest.importorskip("tests.support.timm_models")
 import safetensors.torch
 import torch
 
@@ -24,7 +26,8 @@ from dpn_jax.checkpoint.load import convert
 from dpn_jax.checkpoint.names import check, infer_config, table
 from dpn_jax.config import VARIANTS
 from dpn_jax.pretrained import get_config
-from tests.support.checkpoints import TINY, assert_weights, values
+from tests.support.models import TINY, values
+from tests.support.timm_models import assert_weights
 
 ROOT = Path(__file__).parents[2]
 State = dict[str, torch.Tensor]

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+
+pytest.importorskip("tests.support.timm_models")
 import safetensors.torch
 import torch
 
@@ -20,8 +22,8 @@ import dpn_jax
 from dpn_jax.checkpoint.hub import promised_sha256
 from dpn_jax.checkpoint.load import convert
 from dpn_jax.pretrained import DPN_MEAN, PRETRAINED
-from tests.support.checkpoints import randomize, save_timm, timm_dpn, to_flax
 from tests.support.hub_server import CONFIG, FLAT_CONFIG, Hub
+from tests.support.timm_models import randomize, save_timm, timm_dpn, to_flax
 
 pytestmark = pytest.mark.slow
 

@@ -23,7 +23,7 @@ from dpn_jax.cli.cache import keep_compiled
 from dpn_jax.cli.evaluate import print_row
 from dpn_jax.cli.main import main
 from dpn_jax.inference.export import load_exported
-from tests.test_model import TINY
+from tests.support.models import TINY
 
 COMMAND = [sys.executable, "-m", "dpn_jax"]
 

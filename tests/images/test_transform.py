@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import importlib.util
 import os
 import sys
 import warnings
@@ -20,7 +19,9 @@ from dpn_jax.images.read import read_image
 from dpn_jax.images.transform import Transform, preprocessing
 from dpn_jax.pretrained import DPN_MEAN, DPN_STD, PRETRAINED, Preprocessing
 
-PHOTOS = Path(importlib.util.find_spec("skimage").origin).parent / "data"
+
+def skimage_photo(name: str) -> Path:
+    return Path(pytest.importorskip("skimage").__file__).parent / "data" / name
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -135,9 +136,9 @@ def test_gray_transform_reads_one_channel() -> None:
 
 def test_photo_end_to_end() -> None:
     transform = preprocessing("dpn92.mx_in1k")
-    prepared = transform(PHOTOS / "astronaut.png")
+    prepared = transform(skimage_photo("astronaut.png"))
     assert (prepared.shape, prepared.dtype) == ((224, 224, 3), np.float32)
-    photo = np.asarray(Image.open(PHOTOS / "astronaut.png"), np.float64) / 255
+    photo = np.asarray(Image.open(skimage_photo("astronaut.png")), np.float64) / 255
     middle = photo[32:-32, 32:-32].mean((0, 1))  # 512 pixels resized to 256, of which 16 are cropped at each side
     np.testing.assert_allclose(prepared.mean((0, 1)), (middle - DPN_MEAN) / DPN_STD, atol=0.01)
 
@@ -174,7 +175,7 @@ def test_normalize_refuses_other_arrays(pixels: np.ndarray) -> None:
 
 
 def test_sources_agree() -> None:
-    path = PHOTOS / "chelsea.png"
+    path = skimage_photo("chelsea.png")
     transform = preprocessing("dpn92.mx_in1k")
     with Image.open(path) as image:
         array = np.asarray(image)

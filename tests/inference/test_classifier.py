@@ -12,7 +12,7 @@ import dpn_jax
 from dpn_jax.errors import ImageError
 from dpn_jax.fast.fold import Folded
 from dpn_jax.inference.throughput import Clock
-from tests.test_model import TINY
+from tests.support.models import TINY
 
 
 @pytest.fixture(scope="module")

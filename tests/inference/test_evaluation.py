@@ -11,7 +11,7 @@ from dpn_jax.errors import ImageError
 from dpn_jax.images.labels import imagenet_labels
 from dpn_jax.inference.classifier import Prediction
 from dpn_jax.inference.evaluation import labeled_images, score
-from tests.test_model import TINY
+from tests.support.models import TINY
 
 
 def classifier(*labels: str) -> SimpleNamespace:

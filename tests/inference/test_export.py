@@ -13,7 +13,7 @@ import pytest
 import dpn_jax
 from dpn_jax.errors import ExportError
 from dpn_jax.inference.export import BACKENDS, export_model, load_exported
-from tests.fast.test_forward import TINY, randomized
+from tests.support.models import TINY, randomize
 
 READER = """
 import json, sys
@@ -36,7 +36,7 @@ for name in sys.argv[2:]:
 
 @pytest.mark.slow
 def test_a_process_without_dpn_jax_gets_the_same_logits(tmp_path: Path) -> None:
-    model = randomized(TINY)
+    model = randomize(dpn_jax.create_model(TINY))
     images = np.random.default_rng(0).standard_normal((3, 32, 32, 3), np.float32)
     expected = model(jnp.asarray(images))
     np.save(tmp_path / "images.npy", images)

@@ -10,7 +10,7 @@ from dpn_jax import DPN, create_model
 from dpn_jax.blocks import DualPath, DualPathBlock
 from dpn_jax.config import StageConfig
 from dpn_jax.layers import NormAct
-from tests.test_model import TINY, randomized
+from tests.support.models import TINY, randomize
 
 CHANGED = ("squeeze-excite after expand", "squeeze-excite between", "activation", "norm", "head", "linear head")
 
@@ -66,10 +66,6 @@ class OwnHead(DPN):
         return super().forward_head(features.max(axis=(1, 2), keepdims=True), pre_logits=pre_logits)
 
 
-class LinearHead(nnx.Linear):
-    """Only for its name."""
-
-
 def changed_model(name: str) -> DPN:
     """One of `CHANGED`."""
     rngs = nnx.Rngs(0)
@@ -88,4 +84,4 @@ def changed_model(name: str) -> DPN:
         model.stages[0][0].expand.norm = Halved(TINY.stages[0].bottleneck, rngs=rngs)
     if name == "linear head":
         model.classifier = nnx.Linear(TINY.num_features, TINY.num_classes, rngs=rngs)
-    return randomized(model)
+    return randomize(model)

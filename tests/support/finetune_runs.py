@@ -12,18 +12,9 @@ from flax import nnx
 from PIL import Image
 
 import dpn_jax
-from dpn_jax import DPNConfig, Preprocessing
+from dpn_jax import Preprocessing
+from tests.support.models import TINY
 
-TINY = DPNConfig(
-    depths=(1, 1),
-    dense_increments=(4, 4),
-    bottleneck_width=8,
-    groups=4,
-    residual_width=8,
-    stem_features=8,
-    stem_kernel=3,
-    num_classes=5,
-)
 COLORS = ("blue", "green", "red")
 
 
