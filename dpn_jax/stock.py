@@ -85,9 +85,11 @@ def _described(model: DPN) -> list[tuple[str, tuple[type, dict[str, Any]]]]:
     for path, module in nnx.iter_modules(model):
         if path and path[0] == "dropout":
             continue
-        attributes = {
-            name: _described_value(value) for name, value in vars(module).items() if not name.startswith("_pytree")
-        }
+        if isinstance(module, nnx.List):
+            attributes = {"length": len(module)}
+        else:
+            names = (name for name in vars(module) if not name.startswith("_pytree"))
+            attributes = {name: _described_value(getattr(module, name)) for name in names}
         if not path:
             attributes = {name: value for name, value in attributes.items() if name not in _OF_ONE_MODEL}
         described.append((".".join(map(str, path)), (type(module), attributes)))
