@@ -45,7 +45,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-"""The house from top to bottom, as in README's map: each imports only what stands before it."""
+"""The house from top to bottom, as in CONTRIBUTING's table: each imports only what stands before it."""
 
 
 def run(script: str, blocked: tuple[str, ...]) -> None:

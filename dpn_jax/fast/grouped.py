@@ -75,7 +75,7 @@ class Merged(Native):
 
 
 def _merge(groups: int, channels: int, width: int) -> int:
-    """The fewest groups of `channels` each that have `width` channels tile; all, where there are not enough."""
+    """The fewest groups of `channels` each that have `width` channels together; all, where there are not enough."""
     return next((n for n in range(1, groups) if groups % n == 0 and n * channels >= width), groups)
 
 

@@ -28,7 +28,7 @@ class Lanes(Native):
     tile: tuple[int, int] = (2, 7)
 
     def pack_kernel(self, kernel: Array, groups: int) -> Array:
-        """See `Native.pack_kernel`; `[I, 9, O, groups]`: what one loop of `apply` reads lies tile."""
+        """See `Native.pack_kernel`; `[I, 9, O, groups]`: what one loop of `apply` reads lies together."""
         return kernel.reshape(9, kernel.shape[2], groups, -1).transpose(1, 0, 3, 2)
 
     def to_layout(self, array: Array, groups: int, *, axis: int = -1) -> Array:
