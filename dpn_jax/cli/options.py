@@ -9,6 +9,7 @@ import tyro
 
 from dpn_jax.checkpoint.load import from_pretrained
 from dpn_jax.cli.output import describe, note
+from dpn_jax.errors import shown
 from dpn_jax.images.labels import read_labels
 from dpn_jax.images.transform import Transform
 from dpn_jax.inference.classifier import Classifier
@@ -37,7 +38,7 @@ class ModelOptions:
     """Which model, and the size of its images."""
 
     # one line each: tyro keeps the line breaks of longer ones
-    model: Annotated[str | None, option("TAG", DEFAULT_TAG)] = None
+    model: Annotated[str | None, option("TAG", f"{DEFAULT_TAG} without --weights")] = None
     """A pretrained tag or hub id; with --weights, the architecture and preprocessing of FILE."""
     weights: Annotated[str | None, option("FILE")] = None
     """A file of weights, timm's or ours."""
@@ -70,7 +71,7 @@ class ModelOptions:
             settings = (self.use_test_size and tag.test_preprocessing) or tag.preprocessing
         elif settings is None:
             settings = default_preprocessing(model.config)
-            note(f"{self.weights}: has no preprocessing; using {describe(settings)} (see --model)")
+            note(f"{shown(self.weights or self.model)}: has no preprocessing; using {describe(settings)} (see --model)")
         if self.image_size is not None:
             settings = dataclasses.replace(settings, image_size=self.image_size)
         return model, settings

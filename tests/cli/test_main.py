@@ -1,4 +1,4 @@
-"""The `dpn-jax` command, in this process where that is enough and in one of its own where it is not."""
+"""The `dpn-jax` command, in this process or, where signals and exits are tested, in another."""
 
 import csv
 import io
@@ -58,7 +58,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command; gives its exit code, its output, and its complaint."""
+    """Runs the command; returns its exit code, stdout and stderr."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()

@@ -15,7 +15,7 @@ from tests.test_model import TINY
 
 
 def classifier(*labels: str) -> SimpleNamespace:
-    """What is asked of one here; without labels, ImageNet's."""
+    """The attributes used here; without labels, ImageNet's."""
     synsets, names = zip(*imagenet_labels(), strict=True)
     return SimpleNamespace(labels=labels or names, synsets=(None,) * len(labels) or synsets)
 
