@@ -1,8 +1,10 @@
-"""What the commands print: results to stdout, everything else to stderr, and the exit code."""
+"""What the commands print: results to stdout, everything else to stderr, and the exit codes."""
 
 import contextlib
+import csv
+import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import tqdm
@@ -15,19 +17,52 @@ DONE, SOME_FAILED, NOTHING_DONE, INTERRUPTED = 0, 1, 2, 130
 Format = Literal["table", "json", "csv"]
 
 
+def text_table(head: Sequence[str], body: Iterable[Sequence[object]]) -> str:
+    """Text in columns: the first left-aligned, the others right-aligned, floats with 4 digits.
+
+    Example:
+      >>> print(text_table(("split", "loss"), [("train", 0.25), ("val", 1.5)]))
+      split    loss
+      train  0.2500
+      val    1.5000
+    """
+    lines = [tuple(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in line) for line in (head, *body)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def print_rows(rows: Sequence[Mapping[str, object]], format: Format, table: str) -> None:
+    """Prints rows as JSON, one object per line, or as CSV; or else `table`, which has the same rows for people."""
+    if format == "json":
+        for row in rows:
+            print(json.dumps(row))
+    elif format == "csv":
+        writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        print(table)
+
+
 def progress(items: Iterable[object], total: int, unit: str) -> Iterable[object]:
-    """A progress bar on a terminal's stderr, nothing elsewhere."""
+    """Shows a progress bar if stderr is a terminal."""
     return tqdm.tqdm(items, total=total, unit=unit, disable=None if total > 1 else True, file=sys.stderr)
 
 
 def note(message: str) -> None:
-    """One line on stderr, beside the progress bar."""
+    """Prints a line to stderr, above the progress bar if there is one."""
     with contextlib.suppress(OSError):
         tqdm.tqdm.write(f"dpn-jax: {message}", file=sys.stderr)
 
 
 def note_throughput(throughput: Throughput | None) -> None:
-    """Says how fast images went through and what held them up, where it could be told."""
+    """Prints how fast images were processed and what limited it, if that was measured."""
     if throughput is None:
         return
     limit, other = ("host", "device") if throughput.limit == "host" else ("device", "host")
@@ -36,7 +71,7 @@ def note_throughput(throughput: Throughput | None) -> None:
 
 
 def describe(settings: Preprocessing) -> str:
-    """A line about how images are prepared."""
+    """Preprocessing on one line."""
     mean, std = (" ".join(f"{value:.3f}" for value in values) for values in (settings.mean, settings.std))
     crop = f"{settings.image_size} pixels, crop {settings.crop_fraction:g}, {settings.interpolation}"
     return f"{crop}, mean {mean}, std {std}"

@@ -82,8 +82,8 @@ def test_a_fixed_batch_and_the_weights_own_size(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"platforms": ["cpu", "gpu"]}, "platforms must be of tpu, cuda, rocm, cpu, got 'gpu'"),
-        ({"platforms": []}, "platforms must be one or more different ones, got"),
-        ({"platforms": ["cpu", "cpu"]}, "platforms must be one or more different ones, got"),
+        ({"platforms": []}, "platforms must be one or more, without repeats, got"),
+        ({"platforms": ["cpu", "cpu"]}, "platforms must be one or more, without repeats, got"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"image_size": 31}, "image_size must be at least 32 pixels, got 31"),
     ],
@@ -115,5 +115,5 @@ def test_damaged_files_are_one_error(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for damaged in (b"", b"not exported", whole[:10], whole[:-4000], bytes(len(whole))):
         path.write_bytes(damaged)
-        with pytest.raises(ExportError, match="x: no exported model, damaged"):
+        with pytest.raises(ExportError, match="x: not an exported model, damaged"):
             load_exported(path)
