@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import tqdm
@@ -13,6 +13,26 @@ from dpn_jax.pretrained import Preprocessing
 DONE, SOME_FAILED, NOTHING_DONE, INTERRUPTED = 0, 1, 2, 130
 
 Format = Literal["table", "json", "csv"]
+
+
+def text_table(head: Sequence[str], body: Iterable[Sequence[object]]) -> str:
+    """Text in columns: the first left-aligned, the others right-aligned, floats with 4 digits.
+
+    Example:
+      >>> print(text_table(("split", "loss"), [("train", 0.25), ("val", 1.5)]))
+      split    loss
+      train  0.2500
+      val    1.5000
+    """
+    lines = [tuple(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in line) for line in (head, *body)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
 
 
 def progress(items: Iterable[object], total: int, unit: str) -> Iterable[object]:
