@@ -8,45 +8,46 @@ from typing import Annotated
 
 import tyro
 
-from dpn_jax.cli.output import DONE, note
+from dpn_jax.cli.output import DONE, note, text_table
+from dpn_jax.errors import shown
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.multihost import connect, is_first
-from dpn_jax.finetune.report import CURVES, EVENTS, METRICS, read_metrics, table
+from dpn_jax.finetune.report import CURVES, EVENTS, METRICS, read_metrics
 from dpn_jax.finetune.run import Finetuned, finetune
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finetune:
-    """Train a model on a folder with one folder of images for each class."""
+    """Fine-tune a model on a folder that has one folder of images per class."""
 
-    folder: tyro.conf.Positional[str]
-    """Holds train/CLASS/* and val/CLASS/*, or CLASS/* (then --val-fraction of each class is held out)."""
-    output: str
-    """The run's folder: checkpoints, metrics, and in the end model.safetensors."""
-    model: str | None = None
-    """A pretrained tag or hub id to start from, or a variant (dpn68b) for random weights; beside --weights, the
-    architecture and preprocessing of that file."""
-    weights: str | None = None
-    """A file of weights to start from: timm's or ours."""
-    revision: str | None = None
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Holds train/CLASS/* and val/CLASS/*, or CLASS/*, of which --val-fraction is held out for validation."""
+    output: Annotated[str, tyro.conf.arg(metavar="RUN")]
+    """The run's folder: checkpoints, metrics and, at the end, model.safetensors."""
+    model: Annotated[str | None, tyro.conf.arg(metavar="TAG", help_behavior_hint="")] = None
+    """A pretrained tag or hub id to start from, or a variant (dpn68b) for random weights; with --weights, the
+    architecture and preprocessing of FILE."""
+    weights: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """A file of weights to start from, timm's or ours."""
+    revision: Annotated[str | None, tyro.conf.arg(metavar="REVISION", help_behavior_hint="")] = None
     """Branch, tag or commit on the hub."""
     resume: bool = False
-    """Go on from the newest checkpoint in --output; the other options must be the same."""
+    """Continue from the newest checkpoint in RUN; the other options must be the same."""
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=FinetuneConfig)
     """How to train."""
-    coordinator: str | None = None
-    """Address and port of process 0, for training in several processes."""
-    processes: int | None = None
-    """How many processes there are."""
-    process_index: int | None = None
-    """Which of them this is, from 0; process 0 writes."""
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT", help_behavior_hint="")] = None
+    """Address of process 0, to train in several processes."""
+    processes: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
+    """Number of processes."""
+    process_index: Annotated[int | None, tyro.conf.arg(metavar="INDEX", help_behavior_hint="")] = None
+    """Index of this process, from 0; process 0 writes."""
     distributed: bool = False
-    """Train in several processes and let the cluster (TPU, Slurm, Open MPI) say which."""
+    """Train in the processes that the cluster (TPU, Slurm, Open MPI) has started."""
 
     def run(self) -> int:
-        """Trains, and says how good the result is and how to use it."""
+        """Trains, and prints how good the result is and how to use it."""
         if not self.model and not self.weights:
-            raise ValueError("name what to start from: --model TAG (see dpn-jax models) or --weights FILE")
+            raise ValueError("choose what to start from: --model TAG (see dpn-jax models) or --weights FILE")
         if self.distributed or (self.coordinator, self.processes, self.process_index) != (None, None, None):
             connect(self.coordinator, self.processes, self.process_index)
         result = finetune(
@@ -63,16 +64,16 @@ class Finetune:
             return DONE
         if result.weights is None:
             words = [word for word in sys.argv[1:] if word != "--resume"]
-            note(f"go on with: {shlex.join(['dpn-jax', *words, '--resume'])}")
+            note(f"continue with: {shlex.join(['dpn-jax', *words, '--resume'])}")
             return DONE
         print_result(result)
         return DONE
 
 
 def print_result(result: Finetuned) -> None:
-    """The last table, and what can be done with the weights."""
+    """Prints the best and the last validation, and commands that use the result."""
     rows = [row for row in read_metrics(result.output / METRICS) if row["split"] == "val"]
-    shown = [rows[-1]] if rows[-1] == result.best else [result.best, rows[-1]]
+    chosen = [rows[-1]] if rows[-1] == result.best else [result.best, rows[-1]]
     head = ("validation", "epoch", "loss", "top-1", "top-5")
     body = [
         (
@@ -82,10 +83,10 @@ def print_result(result: Finetuned) -> None:
             f"{row['accuracy']:.2%}",
             f"{row['accuracy5']:.2%}",
         )
-        for row in shown
+        for row in chosen
     ]
     weights, output = shlex.quote(str(result.weights)), shlex.quote(str(result.output))
-    print(table(head, body))
+    print(text_table(head, body))
     print(f"curves: {shown(str(result.output / CURVES))}")
     print(f"dpn-jax classify PHOTO_OR_FOLDER --weights {weights}")
     print(f"dpn-jax evaluate FOLDER --weights {weights}")

@@ -1,4 +1,4 @@
-"""Fine-tuning with optax: the parts of a training loop, each usable by itself. Needs the extra `finetune`."""
+"""Fine-tuning with optax: a training loop and its parts, each usable alone. Needs the extra `finetune`."""
 
 from dpn_jax.errors import DataError as DataError
 from dpn_jax.errors import DivergedError as DivergedError
@@ -8,7 +8,6 @@ from dpn_jax.finetune.config import FinetuneConfig as FinetuneConfig
 from dpn_jax.finetune.data import BatchIterator as BatchIterator
 from dpn_jax.finetune.data import batches as batches
 from dpn_jax.finetune.data import find_broken as find_broken
-from dpn_jax.finetune.initial import initial_model as initial_model
 from dpn_jax.finetune.mixup import mix as mix
 from dpn_jax.finetune.multihost import data_mesh as data_mesh
 from dpn_jax.finetune.multihost import replicate as replicate
@@ -20,6 +19,7 @@ from dpn_jax.finetune.report import plot_curves as plot_curves
 from dpn_jax.finetune.report import read_metrics as read_metrics
 from dpn_jax.finetune.run import Finetuned as Finetuned
 from dpn_jax.finetune.run import finetune as finetune
+from dpn_jax.finetune.run import initial_model as initial_model
 from dpn_jax.finetune.step import TrainState as TrainState
 from dpn_jax.finetune.step import eval_step as eval_step
 from dpn_jax.finetune.step import train_step as train_step

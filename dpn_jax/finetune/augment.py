@@ -1,4 +1,4 @@
-"""Random changes of training images: PIL images in and out, every draw from the generator that is handed in."""
+"""Random augmentation of training images: PIL images in and out, all randomness from the given generator."""
 
 import math
 from collections.abc import Callable
@@ -13,15 +13,15 @@ _BILINEAR = Image.Resampling.BILINEAR
 def crop_box(
     width: int, height: int, generator: np.random.Generator, *, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """Draws where to crop: a share of the area, an aspect ratio and a place.
+    """Draws a crop: a fraction of the area, an aspect ratio and a position.
 
-    Ten draws that do not fit end in the largest centerd box whose aspect ratio is in `ratio`.
+    After ten draws that do not fit, takes the largest centered box whose aspect ratio is in `ratio`.
 
     Args:
-      width, height: of the image, pixels.
-      generator: source of the draws.
-      scale: share of the area, from and to, in (0, 1].
-      ratio: width over height, from and to; its logarithm is drawn evenly.
+      width, height: size of the image, pixels.
+      generator: source of randomness.
+      scale: range of the fraction of the area, in (0, 1].
+      ratio: range of width / height, drawn log-uniformly.
 
     Returns:
       left, top, right and bottom, pixels, inside the image.
@@ -91,8 +91,8 @@ def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance], image: Image.
 
 
 def _solarize_add(image: Image.Image, level: float) -> Image.Image:
-    table = [min(255, value + int(110 * abs(level))) if value < 128 else value for value in range(256)]
-    return image.point(table * len(image.getbands()))
+    lookup = [min(255, value + int(110 * abs(level))) if value < 128 else value for value in range(256)]
+    return image.point(lookup * len(image.getbands()))
 
 
 OPERATIONS: dict[str, Callable[[Image.Image, float, Fill], Image.Image]] = {
@@ -100,7 +100,7 @@ OPERATIONS: dict[str, Callable[[Image.Image, float, Fill], Image.Image]] = {
     "equalize": lambda image, level, fill: ImageOps.equalize(image),
     "invert": lambda image, level, fill: ImageOps.invert(image),
     "rotate": lambda image, level, fill: image.rotate(30 * level, _BILINEAR, fillcolor=fill),
-    # at magnitude 10 timm asks for 0 bits, which newer Pillow refuses
+    # at magnitude 10 timm asks for 0 bits, which newer Pillow rejects
     "posterize": lambda image, level, fill: ImageOps.posterize(image, max(1, 4 - int(4 * abs(level)))),
     "solarize": lambda image, level, fill: ImageOps.solarize(image, 256 - int(256 * abs(level))),
     "solarize_add": lambda image, level, fill: _solarize_add(image, level),
@@ -113,20 +113,20 @@ OPERATIONS: dict[str, Callable[[Image.Image, float, Fill], Image.Image]] = {
     "translate_x": lambda image, level, fill: _affine(image, (1, 0, 0.45 * level * image.width, 0, 1, 0), fill),
     "translate_y": lambda image, level, fill: _affine(image, (1, 0, 0, 0, 1, 0.45 * level * image.height), fill),
 }
-"""The operations of `rand_augment`: image, level in [-1, 1] (0 changes least) and color of what comes into view."""
+"""The operations of `rand_augment`: image, level in [-1, 1] (0 changes least) and fill color."""
 
 
 def rand_augment(
     image: Image.Image, generator: np.random.Generator, *, magnitude: float, layers: int, fill: Fill
 ) -> Image.Image:
-    """Applies operations drawn with replacement from `OPERATIONS`, each with probability one half.
+    """Applies operations drawn with replacement from `OPERATIONS`, each with probability 0.5.
 
     Args:
       image: of mode 'RGB' or 'L'.
-      generator: source of the draws.
-      magnitude: strength of the operations, 0 to 10; those with a direction take either.
-      layers: how many operations are drawn.
-      fill: color of the corners that a moved image leaves, one value 0 to 255 for each channel.
+      generator: source of randomness.
+      magnitude: strength of the operations, 0 to 10; the sign of those with a direction is random.
+      layers: number of operations drawn.
+      fill: color of the pixels that a moved image uncovers, one value 0 to 255 per channel.
 
     Returns:
       A new image of the same size and mode.

@@ -1,13 +1,11 @@
-"""Checkpoints of a run: everything that it takes to go on as if nothing had happened, written by Orbax."""
+"""Checkpoints of a run: everything needed to resume as if nothing had happened, written by Orbax."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,34 +16,32 @@ from dpn_jax.errors import RunError, reason
 
 logger = logging.getLogger("dpn_jax")
 
-_MOMENT = 0.2
-
-State = TypeVar("State")
+Tree = TypeVar("Tree")
 
 
 class Saved(NamedTuple):
-    """What a checkpoint holds."""
+    """The contents of a checkpoint."""
 
     step: int
     """Batches seen."""
     state: Any
-    """The training state, of NumPy arrays."""
+    """The training state, as NumPy arrays."""
     notes: dict[str, Any]
-    """What else there is to remember, as JSON."""
+    """Anything else to remember, as JSON."""
 
 
 class Checkpoints:
     """The checkpoints of one run: the newest few and the best.
 
-    Only one process may use a folder. Orbax writes into a folder of another name and renames it when all is there, so
-    that a checkpoint exists whole or not at all; a digest of its values tells what the disk damaged later.
+    Only one process may use a folder. Orbax writes into a temporary folder and renames it at the end, so a checkpoint
+    is complete or absent; a digest of its values detects later damage.
 
-    Saving blocks until it is done: a step of training takes longer than a DPN takes to write, and a full disk is
-    noticed where it can be told.
+    Saving blocks until it is done: writing a DPN takes less time than a training step, and a full disk is reported at
+    the step where it happens.
 
     Args:
-      folder: where they lie, each in a folder named by its step; made if need be.
-      keep: how many of the newest are kept.
+      folder: holds one folder per checkpoint, named by its step; created if missing.
+      keep: how many of the newest to keep.
 
     Example:
       >>> import tempfile
@@ -63,60 +59,64 @@ class Checkpoints:
 
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder.resolve()
-        self._kept = _Kept(newest=keep)
-        me = jax.process_index()
-        alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+        self._newest = ocp.checkpoint_managers.LatestN(keep)
+        self._policy = ocp.checkpoint_managers.AnyPreservationPolicy([self._newest])
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(_without_lost_tasks())
+        index = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 create=False,
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=False,
-                preservation_policy=self._kept,
+                preservation_policy=self._policy,
                 multiprocessing_options=alone,
             ),
         )
 
     def steps(self) -> list[int]:
-        """The steps of the checkpoints that are there, oldest first; some may be damaged."""
+        """The steps of the existing checkpoints, oldest first; some may be damaged."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: State, notes: Mapping[str, Any], *, best: int | None = None) -> None:
+    def save(self, step: int, state: Tree, notes: Mapping[str, Any], *, best: int | None = None) -> None:
         """Writes a checkpoint, then removes those that are neither among the newest nor the best.
 
         Args:
-          step: its number; there must not be one yet.
+          step: its number, which must be new.
           state: any pytree of arrays, none of them empty. Arrays of several hosts must be replicated.
-          notes: JSON to go with it.
+          notes: JSON stored with it.
           best: the step of the best checkpoint so far, which is kept.
 
         Raises:
-          RunError: it cannot be written; older ones are as they were.
+          RunError: it cannot be written; the older ones are unchanged.
         """
         import orbax.checkpoint as ocp
 
         arrays = {name: np.asarray(leaf) for name, leaf in _named(jax.device_get(state))}
         notes = dict(notes)
-        self._kept.best = best
+        # not Orbax's BestN: it ranks by metrics saved with a checkpoint, and ours are validated after they are written
+        best_so_far = ocp.checkpoint_managers.CustomSteps([] if best is None else [best])
+        self._policy.policies = [self._newest, best_so_far]
         contents = ocp.args.Composite(
             state=ocp.args.PyTreeSave(arrays),
             notes=ocp.args.JsonSave({"notes": notes, "digest": _digest(arrays, notes)}),
         )
         try:
-            with _quiet():
-                self._manager.save(step, args=contents, force=True)
-        except Exception as error:  # Orbax and TensorStore raise whatever the file system made of it
+            self._manager.save(step, args=contents, force=True)
+        except Exception as error:  # Orbax and TensorStore raise many types
             raise RunError(
                 f"{self.folder / str(step)}: the checkpoint cannot be written ({reason(error)}); "
-                "make room and go on with --resume (resume=True)"
+                "make room and continue with --resume (resume=True)"
             ) from error
 
-    def load(self, step: int, like: State) -> Saved:
+    def load(self, step: int, like: Tree) -> Saved:
         """Reads one checkpoint.
 
         Args:
           step: its number.
-          like: a state of the same structure, shapes and dtypes; its values do not matter.
+          like: a pytree of the same structure, shapes and dtypes; its values are ignored.
 
         Raises:
           RunError: it is damaged, or of another structure.
@@ -125,38 +125,37 @@ class Checkpoints:
 
         contents = ocp.args.Composite(state=ocp.args.PyTreeRestore(), notes=ocp.args.JsonRestore())
         try:
-            with _quiet():
-                read = self._manager.restore(step, args=contents)
+            read = self._manager.restore(step, args=contents)
             arrays, notes, digest = read.state, read.notes["notes"], read.notes["digest"]
             intact = digest == _digest(arrays, notes)
-        except Exception as error:  # whatever a damaged file makes its reader stumble over
+        except Exception as error:  # a damaged file raises any type
             raise RunError(f"{self.folder / str(step)}: the checkpoint cannot be read ({reason(error)})") from error
         if not intact:
-            raise RunError(f"{self.folder / str(step)}: the checkpoint is damaged (its digest differs)")
+            raise RunError(f"{self.folder / str(step)}: the checkpoint is damaged (wrong digest)")
         wanted = {name: (np.shape(leaf), np.dtype(leaf.dtype)) for name, leaf in _named(like)}
         if wanted != {name: (array.shape, array.dtype) for name, array in arrays.items()}:
             raise RunError(f"{self.folder / str(step)}: the checkpoint is of another model or optimizer")
         leaves = [arrays[name] for name, _ in _named(like)]
         return Saved(step, jax.tree.unflatten(jax.tree.structure(like), leaves), notes)
 
-    def newest(self, like: State) -> Saved | None:
-        """Reads the newest checkpoint that is whole; damaged newer ones are told of and moved aside.
+    def newest(self, like: Tree) -> Saved | None:
+        """Reads the newest intact checkpoint; damaged newer ones are reported and moved aside.
 
         Args:
           like: as for `load`.
 
         Returns:
-          The checkpoint, or None where there is none.
+          The checkpoint, or None if there are none.
 
         Raises:
-          RunError: there are some and all are damaged.
+          RunError: all of them are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):
             try:
                 saved = self.load(step, like)
             except RunError as error:
-                logger.warning("%s; trying the one before, this one is kept as damaged-%d", error, step)
+                logger.warning("%s; trying the one before; this one is kept as damaged-%d", error, step)
                 self._set_aside(step)
             else:
                 return saved
@@ -165,11 +164,12 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Lets go of the folder."""
+        """Releases the folder."""
         self._manager.close()
+        self._quiet.close()
 
     def _set_aside(self, step: int) -> None:
-        """Frees the name: the run is going to pass this step again."""
+        """Frees the name, which the resumed run needs when it reaches this step again."""
         place = self.folder / f"damaged-{step}"
         number = 1
         while place.exists():
@@ -179,49 +179,34 @@ class Checkpoints:
         self._manager.reload()
 
 
-@dataclasses.dataclass
-class _Kept:
-    """Orbax's preservation policy: the newest and the best."""
-
-    newest: int
-    best: int | None = None
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
-        """Tells for each checkpoint, oldest first, whether it stays."""
-        old = len(checkpoints) - self.newest
-        return [index >= old or checkpoint.step == self.best for index, checkpoint in enumerate(checkpoints)]
-
-
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Orbax from telling stderr of an error that is raised as well.
+def _without_lost_tasks() -> Iterator[None]:
+    """Hides what Orbax prints about an error that it raises as well.
 
-    It logs the traceback; and where one array cannot be read or written, the tasks of the others find their event loop
-    closed, or fail too, which Python reports as exceptions that nobody can catch: now or, once the error and with it
-    the tasks are forgotten, at any time later.
+    When one array cannot be written or read, Orbax logs the traceback and closes its event loop, and TensorStore's
+    threads then find the loop closed for each of the other arrays: exceptions that nobody can catch, at any later time.
     """
-    log, hook, tasks = logging.getLogger("absl"), sys.unraisablehook, logging.getLogger("asyncio")
-    before, log.disabled = log.disabled, True
-    sys.unraisablehook = lambda args: None if str(args.exc_value) == "Event loop is closed" else hook(args)
-    tasks.addFilter(_is_no_lost_task)
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda lost: None if str(lost.exc_value) == "Event loop is closed" else hook(lost)
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for log in loggers:
+        log.addFilter(_is_not_orbax)
     try:
         yield
-        tasks.removeFilter(_is_no_lost_task)
-    except Exception:
-        time.sleep(_MOMENT)
-        raise
     finally:
         sys.unraisablehook = hook
-        log.disabled = before
+        for log in loggers:
+            log.removeFilter(_is_not_orbax)
 
 
-def _is_no_lost_task(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("Task exception was never retrieved")
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    lost_task = record.getMessage().startswith("Task exception was never retrieved")
+    return not lost_task and "orbax" not in Path(record.pathname).parts
 
 
-def _named(state: State) -> Iterator[tuple[str, Any]]:
-    """The leaves of a pytree by name, such as 'params/stem/conv/kernel'; independent of Orbax's view of its nodes."""
-    for path, leaf in jax.tree.leaves_with_path(state):
+def _named(tree: Tree) -> Iterator[tuple[str, Any]]:
+    """The leaves of a pytree by name, such as 'params/stem/conv/kernel', however Orbax would name them."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
         yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
 
 

@@ -1,4 +1,4 @@
-"""Every choice of a fine-tuning run, as data (standard library only)."""
+"""The options of a fine-tuning run, as data (standard library only)."""
 
 import dataclasses
 from typing import Literal
@@ -9,80 +9,80 @@ Norms = Literal["train", "frozen"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """The choices of a fine-tuning run; saved with it, and the options of `dpn-jax finetune`.
+    """The options of a fine-tuning run, saved with it; also those of `dpn-jax finetune`.
 
     Raises:
       ValueError: a field is out of its range; the message names it and the value.
     """
 
     epochs: int = 10
-    """How often every training image is seen."""
+    """Passes over the training images."""
     batch_size: int = 32
-    """Images in one forward and backward pass, over all devices and hosts."""
+    """Images per forward and backward pass, over all devices and hosts."""
     accumulate: int = 1
     """Batches whose gradients are averaged for one update of the parameters."""
     optimizer: Optimizer = "adamw"
-    """sgd has Nesterov-free momentum, as torch's."""
+    """Optimizer; sgd is torch's, without Nesterov momentum."""
     learning_rate: float = 1e-3
-    """The highest rate, reached after the warm-up; a cosine takes it down."""
+    """Peak learning rate, after the warmup and before the cosine decay."""
     final_learning_rate: float = 0.0
-    """The rate at the end."""
+    """Learning rate at the end of the cosine decay."""
     warmup_epochs: float = 1.0
-    """Epochs over which the rate rises linearly from 0."""
+    """Epochs in which the learning rate rises linearly from 0."""
     momentum: float = 0.9
-    """Of sgd; the first decay rate of the others."""
+    """Momentum of sgd; beta1 of the other optimizers."""
     weight_decay: float = 0.05
-    """Decoupled for adamw, lamb and lion, added to the gradient for sgd; never of norms and biases."""
+    """Weight decay of kernels, not of norms and biases: added to the gradient for sgd, decoupled for the others."""
     layer_decay: float = 1.0
-    """Factor on the learning rate for each block further from the classifier, in (0, 1]."""
+    """Factor on the learning rate per block of distance from the classifier, in (0, 1]; 1 is off."""
     clip_norm: float | None = None
-    """Longest gradient; longer ones are scaled down."""
+    """Maximum norm of the gradient, beyond which it is scaled down. Defaults to no clipping."""
     label_smoothing: float = 0.1
-    """Share of the target spread evenly over all classes."""
+    """Fraction of the target that is spread evenly over all classes, in [0, 1)."""
     mixup: float = 0.0
     """Alpha of mixup's beta distribution; 0 is off."""
     cutmix: float = 0.0
-    """Alpha of cutmix's beta distribution; 0 is off. With mixup, each batch takes one of the two."""
+    """Alpha of cutmix's beta distribution; 0 is off. With mixup, each batch gets one of the two at random."""
     crop_scale: tuple[float, float] = (0.35, 1.0)
-    """Share of an image's area that a random crop takes, from and to; 1 1 takes timm's evaluation crop."""
+    """Range of the fraction of an image's area that a random crop takes; 1 1 uses timm's evaluation crop instead."""
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
-    """Aspect ratio of a random crop, from and to."""
+    """Range of the aspect ratio (width / height) of a random crop."""
     flip: float = 0.5
-    """Probability of a mirrored image."""
+    """Probability of a horizontal flip."""
     color_jitter: float = 0.0
-    """How far brightness, contrast and saturation may move, in [0, 1]."""
+    """Maximum relative change of brightness, contrast and saturation, in [0, 1]."""
     randaugment: int = 0
     """Magnitude of RandAugment, 0 (off) to 10."""
     randaugment_layers: int = 2
-    """Operations that RandAugment applies to an image."""
+    """Number of RandAugment operations per image."""
     drop_rate: float = 0.0
-    """Dropout before the classifier, in [0, 1)."""
+    """Dropout rate before the classifier, in [0, 1)."""
     ema_decay: float | None = None
-    """Keep an exponential moving average of parameters and norm statistics with this decay, and evaluate it."""
+    """Decay of a moving average of parameters and norm statistics, to evaluate and save. Defaults to no average."""
     freeze: str = "none"
-    """What is not trained: none, stem, stage1 ... (everything up to it), backbone (all but the classifier), weights
+    """What is not trained: none, stem, stageN (everything up to stage N), backbone (all but the classifier), or weights
     (all but norms and the classifier)."""
     norms: Norms = "train"
-    """train normalizes with the batch and moves the running statistics; frozen uses the running ones and keeps them.
-    Those of frozen layers are always kept."""
+    """train uses batch statistics and updates the running ones; frozen uses the running statistics and keeps them, as
+    the norms of frozen layers always do."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the arithmetic; parameters are float32."""
     remat: bool = False
-    """Compute blocks again in the backward pass: less memory, more time."""
+    """Recompute blocks in the backward pass: less memory, more time."""
     image_size: int | None = None
-    """Side of the images, pixels, at least 32; left out, that of the weights."""
+    """Side of the images in pixels, at least 32. Defaults to that of the weights."""
     val_fraction: float = 0.2
-    """Share of each class held out where the folder has no train/ and val/."""
+    """Fraction of each class to hold out for validation if the data has no train/ and val/."""
     seed: int = 0
-    """Of everything that is drawn: the classifier's first values, order, augmentation, dropout."""
+    """Seed of everything random: initial classifier, validation split, order, augmentation, dropout."""
     workers: int = 2
-    """Processes that read and augment images; 0 does it in threads of this one."""
+    """Processes that read and augment images; 0 uses threads instead."""
     skip_broken: bool = False
-    """Go on without images that cannot be read, counted and listed."""
+    """Skip images that cannot be read, and list them."""
     checkpoint_every: int | None = None
-    """Updates between checkpoints; left out, one at the end of each epoch."""
+    """Updates between checkpoints. Defaults to one checkpoint at the end of each epoch."""
     keep: int = 2
-    """Newest checkpoints that are kept, beside the best."""
+    """Number of newest checkpoints to keep, besides the best."""
 
     def __post_init__(self) -> None:
         positive = ("epochs", "batch_size", "accumulate", "randaugment_layers", "keep")
@@ -91,7 +91,7 @@ class FinetuneConfig:
             value = getattr(self, name)
             least = 1 if name in positive else 0
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         if self.checkpoint_every is not None and self.checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every!r}")
         if self.image_size is not None and self.image_size < 32:

@@ -1,4 +1,4 @@
-"""Images into batches: deterministic, read by worker processes, to be resumed at any batch."""
+"""Batches of images: deterministic, prefetched by worker processes, resumable at any batch."""
 
 import contextlib
 import dataclasses
@@ -8,34 +8,36 @@ import math
 import os
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 from PIL import Image
 
-from dpn_jax.errors import DataError as DataError
-from dpn_jax.errors import ImageError
+from dpn_jax.errors import DataError, ImageError
 from dpn_jax.finetune.augment import color_jitter, rand_augment, random_crop
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.workers import prefetched, refuse_in_starting_worker
-from dpn_jax.images.folders import ImageFolder as ImageFolder
-from dpn_jax.images.folders import image_folder as image_folder
+from dpn_jax.images.folders import ImageFolder
 from dpn_jax.images.read import read_image
 from dpn_jax.images.transform import Transform
 from dpn_jax.pretrained import Preprocessing
 
-Batch = dict[str, np.ndarray]
-State = dict[str, int | str]
+Batch = Mapping[str, jax.Array | np.ndarray]
+"""`image`: uint8 `[B, H, W, C]`, or normalized floats. `label`: integers `[B]`, or class probabilities `[B, K]`.
+`weight` (optional): `[B]`, how much each image counts, 0 for padding."""
 
-_FILES_A_CHECK = 32
+IteratorState = dict[str, int | str]
+
+_FILES_PER_CHECK = 32
 
 
 class BatchIterator(Iterator[Batch]):
-    """Batches, read ahead by worker processes or threads; see `batches`.
+    """Batches, prefetched by worker processes or threads; see `batches`.
 
-    Its state is a number and a fingerprint: it does not depend on the workers, and is the batch that comes next,
-    whatever was read ahead. `close` it, or use it in a `with` statement, to end the workers at once.
+    Its state is the index of the next batch and a fingerprint of the data, whatever the workers have prefetched.
+    `close` it, or use it in a `with` statement, to end the workers at once.
 
     Attributes:
       per_epoch: batches in one pass over the data.
@@ -53,7 +55,7 @@ class BatchIterator(Iterator[Batch]):
             raise StopIteration
         if self._running is None:
             self._running = prefetched(self._source, self._workers, start=self._next)
-            weakref.finalize(self, self._running.close)  # at the interpreter's end, while Grain can still do it
+            weakref.finalize(self, self._running.close)  # before the interpreter exits, when Grain can no longer do it
         try:
             batch = next(self._running)
         except BaseException:
@@ -62,26 +64,26 @@ class BatchIterator(Iterator[Batch]):
         self._next += 1
         return batch
 
-    def get_state(self) -> State:
-        """What `set_state` of another iterator over the same data needs to go on here: a number and a string."""
+    def get_state(self) -> IteratorState:
+        """What `set_state` of an iterator over the same data needs to continue here; JSON."""
         return {"next_index": self._next, "data": self._source.fingerprint}
 
-    def set_state(self, state: State) -> None:
-        """Goes on where `state` was taken.
+    def set_state(self, state: IteratorState) -> None:
+        """Continues where `state` was taken.
 
         Raises:
-          DataError: it was taken over other images, another batch size or another seed.
+          DataError: `state` is of other images, another batch size or another seed.
         """
         if state["data"] != self._source.fingerprint:
             raise DataError(
-                "the images, batch_size or seed are not those of the saved run, so it cannot go on with the images "
-                "that it would have seen; restore them, or start a new run"
+                "the images, batch_size or seed are not those of the saved run, so it cannot continue with the same "
+                "batches; restore them, or start a new run"
             )
         self.close()
         self._next = int(state["next_index"])
 
     def close(self) -> None:
-        """Ends the workers; the next batch would start others."""
+        """Ends the workers; asking for another batch starts new ones."""
         running, self._running = self._running, None
         if running is not None:
             running.close()
@@ -105,21 +107,21 @@ def batches(
 ) -> BatchIterator:
     """Reads, augments and batches the images of a folder.
 
-    Each epoch's order follows from `config.seed` and the epoch, each image's augmentation from `config.seed`, the epoch
-    and its index, so that neither the workers nor a pause changes anything. Images stay uint8: the step normalizes.
+    Each epoch's order depends only on `config.seed` and the epoch, each image's augmentation on these and its index, so
+    that neither the number of workers nor an interruption changes anything. Images stay uint8: the step normalizes.
 
     Args:
       folder: the images.
-      config: batch size, seed, workers, augmentation, and image size where it is not that of `preprocessing`.
-      preprocessing: size, interpolation, and channels: RGB, or gray with one channel of mean.
-      train: True: shuffled, augmented, an incomplete last batch of an epoch left out. False: in order, timm's
-        evaluation crop, the last batch of an epoch filled up with images of zeros whose weight is 0.
-      epochs: how often every image is seen; left out, without end when training and once otherwise.
-      process_index, process_count: which host this is of how many; each gets its slice of every batch.
+      config: batch size, seed, workers, augmentation; `image_size`, if set, overrides that of `preprocessing`.
+      preprocessing: size, interpolation, and channels (RGB, or gray if `mean` has one value).
+      train: True: shuffled and augmented; drops an incomplete last batch of an epoch. False: in order, with timm's
+        evaluation crop; pads the last batch of an epoch with images of zeros whose weight is 0.
+      epochs: passes over the images; defaults to endless for training and one otherwise.
+      process_index, process_count: index of this host and number of hosts; each gets its slice of every batch.
 
     Returns:
       An iterator over {'image': uint8 [B, S, S, C], 'label': int32 [B], 'weight': float32 [B]}, B being
-      `config.batch_size / process_count`. Reading raises DataError for a broken image and for a worker that died.
+      `config.batch_size / process_count`. Iterating raises DataError if an image is broken or a worker dies.
 
     Raises:
       DataError: a training batch is larger than the data.
@@ -146,15 +148,15 @@ def batches(
 
 
 def find_broken(folder: ImageFolder, config: FinetuneConfig, preprocessing: Preprocessing) -> dict[str, str]:
-    """Reads every image once, in `config.workers` processes, and finds those that cannot be trained on.
+    """Reads every image once, in `config.workers` processes, and finds those that cannot be read or cropped.
 
     Args:
       folder: the images.
-      config: the workers.
+      config: only `workers` is used.
       preprocessing: as for `batches`.
 
     Returns:
-      The reason for each such file, one line that names it; `folder.without(...)` leaves them out.
+      The reason for each broken file, one line that names it; `folder.without(...)` removes them.
 
     Raises:
       DataError: a worker died.
@@ -171,7 +173,7 @@ def _order(seed: int, epoch: int, size: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Batches:
-    """Every batch of a run by its index: what Grain's workers read."""
+    """The batches of a run by index: the source of Grain's workers."""
 
     folder: ImageFolder
     config: FinetuneConfig
@@ -188,7 +190,7 @@ class _Batches:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of what decides the order of the images, but not where the folder lies."""
+        """A hash of everything that determines the order of the images; the folder's location does not."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(repr((self.train, self.config.batch_size, self.config.seed)).encode())
         for file, label in zip(self.folder.files, self.folder.labels, strict=True):
@@ -224,9 +226,7 @@ class _Batches:
                 file, self.config, self.transform, np.random.default_rng([self.config.seed, epoch, index + 1])
             )
         except ImageError as error:
-            raise DataError(
-                f"{error}; repair or remove the file, or leave such files out with --skip-broken"
-            ) from error
+            raise DataError(f"{error}; repair or remove the file, or skip such files with --skip-broken") from error
 
 
 def _augmented(file: str, config: FinetuneConfig, transform: Transform, generator: np.random.Generator) -> np.ndarray:
@@ -238,7 +238,7 @@ def _augmented(file: str, config: FinetuneConfig, transform: Transform, generato
         image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
     else:
         scale, ratio = config.crop_scale, config.crop_ratio
-        # no crop may be enlarged that a full decoding would not enlarge, so the smallest one counts
+        # the smallest possible crop must not be enlarged unless full decoding would enlarge it too
         at_least = math.ceil(size / math.sqrt(scale[0] * min(ratio[0], 1 / ratio[1], 1)))
         image = read_image(file, mode="L" if channels == 1 else "RGB", at_least=at_least)
         image = random_crop(image, size, generator, scale=scale, ratio=ratio, interpolation=settings.interpolation)
@@ -257,17 +257,17 @@ def _augmented(file: str, config: FinetuneConfig, transform: Transform, generato
 
 @dataclasses.dataclass(frozen=True)
 class _Checks:
-    """The broken files of every few files by their index."""
+    """The broken files among each few files, by index."""
 
     folder: ImageFolder
     transform: Transform
 
     def __len__(self) -> int:
-        return math.ceil(len(self.folder) / _FILES_A_CHECK)
+        return math.ceil(len(self.folder) / _FILES_PER_CHECK)
 
     def __getitem__(self, index: int) -> list[tuple[str, str]]:
         broken = []
-        for file in self.folder.files[index * _FILES_A_CHECK : (index + 1) * _FILES_A_CHECK]:
+        for file in self.folder.files[index * _FILES_PER_CHECK : (index + 1) * _FILES_PER_CHECK]:
             try:
                 self.transform.crop(file)
             except ImageError as error:

@@ -1,10 +1,13 @@
-"""The training loop: steps, measurements, validation, checkpoints, and going on from one."""
+"""The training loop: steps, metrics, validation, checkpoints, stopping on a signal, resuming."""
 
 import contextlib
 import dataclasses
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, Self
 
 import jax
@@ -12,13 +15,12 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
-from dpn_jax.errors import DivergedError, RunError
+from dpn_jax.errors import DataError, DivergedError, RunError
 from dpn_jax.finetune.checkpoints import Checkpoints, Saved
 from dpn_jax.finetune.config import FinetuneConfig
-from dpn_jax.finetune.data import BatchIterator, DataError
-from dpn_jax.finetune.interrupt import Interruption
+from dpn_jax.finetune.data import BatchIterator
 from dpn_jax.finetune.metrics import Row, Window, quality, validate
-from dpn_jax.finetune.multihost import any_of, is_first, on_first, replicate, shard_batch, share_arrays
+from dpn_jax.finetune.multihost import any_of, broadcast_arrays, is_first, on_first, replicate, shard_batch
 from dpn_jax.finetune.report import Log
 from dpn_jax.finetune.step import TrainState, train_step
 
@@ -27,9 +29,44 @@ _LOGS_PER_EPOCH = 20
 _STEPS_PER_LOG = 50
 
 
+@dataclasses.dataclass
+class Interruption:
+    """Whether a signal has asked the run to stop."""
+
+    requested: bool = False
+
+
+@contextlib.contextmanager
+def catch_interruption() -> Iterator[Interruption]:
+    """Turns SIGTERM and Ctrl-C into a request, so that the loop can save; a second Ctrl-C stops at once.
+
+    Only in the main thread: Python handles signals in no other.
+
+    Example:
+      >>> with catch_interruption() as interruption:
+      ...     signal.raise_signal(signal.SIGTERM)
+      ...     interruption.requested
+      True
+    """
+    interruption = Interruption()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if interruption.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        interruption.requested = True
+
+    in_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT) if in_main}
+    try:
+        yield interruption
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """When what is done, in batches."""
+class StepCounts:
+    """How many steps an epoch and the run have, and after how many the loop logs and saves; a step is one batch."""
 
     per_epoch: int
     total: int
@@ -38,30 +75,30 @@ class Plan:
 
     @classmethod
     def of(cls, config: FinetuneConfig, per_epoch: int) -> Self:
-        """The plan for epochs of so many batches."""
+        """The counts for epochs of `per_epoch` batches."""
         log_every = min(max(per_epoch // _LOGS_PER_EPOCH, 1), _STEPS_PER_LOG)
         save_every = per_epoch if config.checkpoint_every is None else config.checkpoint_every * config.accumulate
         return cls(per_epoch, config.epochs * per_epoch, log_every, save_every)
 
     def ends_epoch(self, step: int) -> bool:
-        """Whether an epoch is over after `step` batches."""
+        """Whether step number `step` is the last one of an epoch."""
         return step > 0 and step % self.per_epoch == 0
 
 
 class Training:
     """A run in progress.
 
-    A checkpoint at the end of an epoch is written before the validation, which a resumed run makes again: so every
-    checkpoint tells the same, and a signal during a long validation loses nothing.
+    The checkpoint at the end of an epoch is written before the validation, and a resumed run repeats that validation:
+    so all checkpoints hold the same things, and a signal during a long validation loses nothing.
 
     Args:
       output: the run's folder.
-      config: the choices.
-      state: where to begin, on every device of `mesh`.
+      config: the options.
+      state: the initial state, on every device of `mesh`.
       mesh: the devices.
-      train, val: the data; `val` goes over all images once for every epoch.
+      train, val: the data; `val` goes over all images once per epoch.
       interruption: asks the run to stop.
-      note: told what there is to tell.
+      note: called with each message, a line.
     """
 
     def __init__(
@@ -78,12 +115,12 @@ class Training:
         self.output = output
         self.config = config
         self.state = state
-        self.plan = Plan.of(config, train.per_epoch)
+        self.steps = StepCounts.of(config, train.per_epoch)
         self.step = 0
         self.saved: int | None = None
         """The step of the newest checkpoint."""
         self.best: Row | None = None
-        """The validation with the highest accuracy, of equal ones the lowest loss."""
+        """The validation with the highest accuracy; among equal ones, the lowest loss."""
         self._mesh = mesh
         self._train = train
         self._val = val
@@ -91,18 +128,16 @@ class Training:
         self._note = note
         self._window = Window()
         self._since = time.monotonic()
-        self._checkpoints: Checkpoints | None = None
-        if is_first():
-            self._checkpoints = Checkpoints(output / CHECKPOINTS, keep=config.keep)
+        self._checkpoints = Checkpoints(output / CHECKPOINTS, keep=config.keep) if is_first() else None
 
     def restore(self) -> bool:
-        """Goes to where the newest checkpoint was written.
+        """Restores the newest checkpoint.
 
         Returns:
-          False where there is none.
+          False if there is none.
 
         Raises:
-          RunError: there are some and none can be used.
+          RunError: there are checkpoints, but none can be used.
         """
         saved: Saved | None = None
 
@@ -114,38 +149,41 @@ class Training:
         found = on_first(read)
         if found is None:
             return False
-        self._put(saved.state if saved else None)
+        self._set_state(saved)
         self.step = self.saved = found["step"]
         self.best, self._window.sums = found["notes"]["best"], found["notes"]["window"]
         self._train.set_state(found["notes"]["iterator"])
         return True
 
     def run(self, *, progress: bool) -> bool:
-        """Trains until the end, or until it is asked to stop, and saves.
+        """Trains to the end, or until asked to stop, and saves.
 
         Args:
-          progress: show a bar, where stderr is a terminal.
+          progress: show a progress bar if stderr is a terminal.
 
         Returns:
-          Whether it came to the end.
+          Whether training is complete.
 
         Raises:
           RunError: a checkpoint cannot be written, or training has diverged.
           DataError: an image cannot be read.
         """
-        log = _log(self.output, self.step)
-        with contextlib.closing(log) if log else contextlib.nullcontext(), self._bar(progress) as bar:
+        opened: list[Log] = []  # in process 0 only
+        on_first(lambda: opened.append(Log(self.output, step=self.step)))
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context(contextlib.closing(opened[0])) if opened else None
+            bar = stack.enter_context(self._bar(progress))
             try:
                 return self._run(log, bar)
             except DivergedError as error:
                 good = "no checkpoint was written" if self.saved is None else f"checkpoint {self.saved} is kept"
                 raise DivergedError(
                     f"{self.output}: training has diverged: {error}; {good}; "
-                    "begin again with a lower --learning-rate, or --clip-norm 1, and another --output"
+                    "start again with a lower --learning-rate, or --clip-norm 1, and another --output"
                 ) from error
 
     def best_state(self) -> tuple[TrainState, int]:
-        """The state of the best validation, and its step; the current one where that cannot be read any more."""
+        """The state of the best validation, and its step; the last state if that checkpoint cannot be read."""
         if self.best is None or self.best["step"] == self.step:
             return self.state, self.step
         saved: Saved | None = None
@@ -159,13 +197,13 @@ class Training:
             return None
 
         if problem := on_first(read):
-            self._note(f"{problem}; the last state is taken instead of the best")
+            self._note(f"{problem}; using the last state instead of the best")
             return self.state, self.step
-        self._put(saved.state if saved else None)
+        self._set_state(saved)
         return self.state, self.best["step"]
 
     def close(self) -> None:
-        """Ends the workers and lets go of the checkpoints."""
+        """Ends the worker processes and closes the checkpoints."""
         self._train.close()
         self._val.close()
         if self._checkpoints:
@@ -173,25 +211,25 @@ class Training:
 
     def _run(self, log: Log | None, bar: tqdm.tqdm) -> bool:
         while True:
-            if self.plan.ends_epoch(self.step) and not self._validate(log):
+            if self.steps.ends_epoch(self.step) and not self._validate(log):
                 return False
-            if self.step == self.plan.total:
+            if self.step == self.steps.total:
                 return True
-            if self._asked_to_stop() or not self._advance(bar):
+            if self._asked_to_stop() or not self._train_batch(bar):
                 self._save()
                 return False
-            ended = self.plan.ends_epoch(self.step)
-            if ended or self.step % self.plan.log_every == 0:
+            ended = self.steps.ends_epoch(self.step)
+            if ended or self.step % self.steps.log_every == 0:
                 self._report(log, bar)
-            if ended or self.step % self.plan.save_every == 0:
+            if ended or self.step % self.steps.save_every == 0:
                 self._save()
 
-    def _advance(self, bar: tqdm.tqdm) -> bool:
-        """Starts one step; False where a worker died of the signal that asks this process to stop."""
+    def _train_batch(self, bar: tqdm.tqdm) -> bool:
+        """Starts one step; False if the signal that asks this process to stop has killed a worker."""
         try:
             batch = next(self._train)
         except DataError:
-            if self._interruption.wanted:
+            if self._interruption.requested:
                 return False
             raise
         self.state, metrics = train_step(self.state, shard_batch(batch, self._mesh))
@@ -201,7 +239,7 @@ class Training:
         return True
 
     def _report(self, log: Log | None, bar: tqdm.tqdm) -> None:
-        """Writes a line on the steps since the last one."""
+        """Logs the steps since the last line of the log."""
         self._window.fetch()
         images = self._window.sums["count"]
         row = self._row("train", self._window.means())
@@ -212,18 +250,18 @@ class Training:
             log.write(row, images_per_second=rate)
 
     def _validate(self, log: Log | None) -> bool:
-        """Goes over the validation images; False where it was asked to stop meanwhile."""
+        """Measures the state on the validation images; False if asked to stop meanwhile."""
         batches = (shard_batch(next(self._val), self._mesh) for _ in range(self._val.per_epoch))
-        alone = jax.process_count() == 1  # of several hosts, none may leave the others behind
+        alone = jax.process_count() == 1  # all hosts must run the same steps
         try:
             means = validate(
                 self.state,
                 batches,
                 ema=self.config.ema_decay is not None,
-                stop=lambda: alone and self._interruption.wanted is not None,
+                stop=lambda: alone and self._interruption.requested,
             )
         except DataError:
-            if self._interruption.wanted:  # the worker died of it
+            if self._interruption.requested:  # the signal has killed the worker
                 return False
             raise
         if means is None:
@@ -241,7 +279,7 @@ class Training:
         return True
 
     def _row(self, split: str, means: dict[str, float]) -> Row:
-        return {"split": split, "step": self.step, "epoch": self.step / self.plan.per_epoch, **means}
+        return {"split": split, "step": self.step, "epoch": self.step / self.steps.per_epoch, **means}
 
     def _save(self) -> None:
         """Writes a checkpoint of this step, unless there is one."""
@@ -263,30 +301,20 @@ class Training:
 
     def _asked_to_stop(self) -> bool:
         if jax.process_count() == 1:
-            return self._interruption.wanted is not None
-        # all have to stop at one step, and asking the others takes time
-        return self.step % self.plan.log_every == 0 and any_of(self._interruption.wanted is not None)
+            return self._interruption.requested
+        # all processes must stop at the same step, and asking them takes time
+        return self.step % self.steps.log_every == 0 and any_of(self._interruption.requested)
 
-    def _put(self, arrays: TrainState | None) -> None:
+    def _set_state(self, saved: Saved | None) -> None:
         """Takes the state that process 0 has read."""
-        if arrays is None:
-            arrays = jax.device_get(self.state)  # of the right shapes
-        self.state = replicate(share_arrays(arrays), self._mesh)
+        arrays = saved.state if saved else jax.device_get(self.state)  # the others only need the shapes
+        self.state = replicate(broadcast_arrays(arrays), self._mesh)
 
-    @contextlib.contextmanager
-    def _bar(self, wanted: bool) -> Iterator[tqdm.tqdm]:
-        with tqdm.tqdm(
-            total=self.plan.total * self.config.batch_size,
+    def _bar(self, wanted: bool) -> tqdm.tqdm:
+        return tqdm.tqdm(
+            total=self.steps.total * self.config.batch_size,
             initial=self.step * self.config.batch_size,
             unit="image",
             unit_scale=True,
             disable=None if wanted and is_first() else True,
-        ) as bar:
-            yield bar
-
-
-def _log(output: Path, step: int) -> Log | None:
-    """A log in process 0, None in the others."""
-    made: list[Log] = []
-    on_first(lambda: made.append(Log(output, step=step)))
-    return made[0] if made else None
+        )

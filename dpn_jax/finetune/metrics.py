@@ -1,4 +1,4 @@
-"""What training and validation steps measured, fetched late so that the device never waits for the host."""
+"""The metrics of training and validation steps, fetched late so that the device never waits for the host."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from dpn_jax.errors import DivergedError
-from dpn_jax.finetune.step import Batch, Metrics, TrainState, eval_step
+from dpn_jax.finetune.data import Batch
+from dpn_jax.finetune.step import Metrics, TrainState, eval_step
 
 Row = dict[str, Any]
 """A line of `metrics.jsonl`: `split`, `step`, and numbers by name."""
@@ -30,16 +31,16 @@ class Window:
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
-        """Of what was fetched; JSON, so that a checkpoint can hold it."""
+        """Sums of the fetched metrics; JSON, so that a checkpoint can hold them."""
         self._pending: list[tuple[int, Metrics]] = []
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Takes the metrics of a step, which may still run."""
+        """Adds the metrics of a step, which may still be running."""
         self._pending.append((step, metrics))
         wait([metrics for _, metrics in self._pending])
 
     def fetch(self) -> None:
-        """Waits for the steps and adds up what they measured.
+        """Waits for the steps and sums their metrics.
 
         Raises:
           DivergedError: a loss or a gradient is not finite; the message names the step and the learning rate.
@@ -53,10 +54,10 @@ class Window:
                     raise DivergedError(f"{what} at step {step}, learning rate {values['learning_rate']:.3g}")
             for name, value in values.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value
-            self.sums["learning_rate"] = values["learning_rate"]  # the last one
+            self.sums["learning_rate"] = values["learning_rate"]  # no sum, but the last one
 
     def means(self) -> dict[str, float]:
-        """Means over the images, or the steps, that were fetched; begins anew."""
+        """Means over the fetched images or steps; starts a new window."""
         sums, self.sums = self.sums, {}
         return {
             "loss": sums["loss"] / sums["count"],
@@ -72,13 +73,13 @@ def validate(
     """Means over the validation images.
 
     Args:
-      state: the state; it stays as it is.
-      batches: all of them.
-      ema: measure the moving average.
-      stop: asked before each batch whether to give up.
+      state: the state, which is not changed.
+      batches: the batches of all validation images.
+      ema: evaluate the moving average.
+      stop: called before each batch; True ends the validation.
 
     Returns:
-      `loss`, `accuracy` and `accuracy5`; None where it gave up.
+      `loss`, `accuracy` and `accuracy5`; None if stopped.
 
     Raises:
       DivergedError: the loss is not finite.
@@ -98,11 +99,11 @@ def validate(
 
 
 def wait(metrics: list[Metrics]) -> None:
-    """Lets the device be a few steps behind, so that it always has work, but no more: each step holds its batch."""
+    """Keeps the device a few steps behind, so that it always has work, but no further: each step holds its batch."""
     if len(metrics) > _STEPS_IN_FLIGHT:
         jax.block_until_ready(metrics[-1 - _STEPS_IN_FLIGHT])
 
 
 def quality(row: Row) -> tuple[float, float]:
-    """What makes one validation better than another: accuracy, then loss."""
+    """The key that ranks validations: accuracy, then loss."""
     return row["accuracy"], -row["loss"]

@@ -1,4 +1,4 @@
-"""Mixup and cutmix of a batch, inside the step."""
+"""Mixup and cutmix of a batch, as part of the compiled step."""
 
 import jax
 import jax.numpy as jnp
@@ -7,16 +7,17 @@ import jax.numpy as jnp
 def mix(
     key: jax.Array, images: jax.Array, targets: jax.Array, *, mixup: float = 0.0, cutmix: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixes each image, and its target, with the one that is as far from the other end of the batch.
+    """Mixes each image and its target with those at the mirrored position of the batch.
 
-    Mixup adds a share of both, cutmix replaces a rectangle. With both, each batch takes one of the two, evenly. The
-    share is drawn once a batch; cutmix's is that of the area that is really kept, after clipping at the border.
+    Mixup blends the two images, cutmix replaces a rectangle. With both, each batch gets one of the two with equal
+    probability. The mixing ratio is drawn once per batch; that of cutmix is the fraction of the area that is kept after
+    the rectangle is clipped at the border.
 
     Args:
       key: the random key.
       images: floats `[B, H, W, C]`.
-      targets: shares of the classes `[B, K]`.
-      mixup, cutmix: alpha of the beta distribution of the share; 0 is off.
+      targets: class probabilities `[B, K]`.
+      mixup, cutmix: alpha of the beta distribution of the mixing ratio; 0 is off.
 
     Returns:
       Mixed images and targets.
@@ -28,15 +29,15 @@ def mix(
     choice, draw, corner = jax.random.split(key, 3)
     cuts = jax.random.bernoulli(choice) if mixup and cutmix else jnp.asarray(bool(cutmix))
     alpha = jnp.where(cuts, cutmix, mixup).astype(targets.dtype)
-    # beta(alpha, alpha); jax.random.beta itself draws each of its two numbers by a program of its own
-    share = jax.random.dirichlet(draw, jnp.stack([alpha, alpha]), dtype=targets.dtype)[0]
-    kept = share
+    # beta(alpha, alpha); jax.random.beta would compile a second sampler for its second number
+    ratio = jax.random.dirichlet(draw, jnp.stack([alpha, alpha]), dtype=targets.dtype)[0]
+    kept = ratio
     if cutmix:
-        outside = _outside_box(corner, share, *images.shape[1:3]).astype(targets.dtype)
-        kept = jnp.where(cuts, outside, share)[:, :, None]
-        share = jnp.where(cuts, outside.mean(), share)
+        outside = _outside_box(corner, ratio, *images.shape[1:3]).astype(targets.dtype)
+        kept = jnp.where(cuts, outside, ratio)[:, :, None]
+        ratio = jnp.where(cuts, outside.mean(), ratio)
     kept = kept.astype(images.dtype)
-    return kept * images + (1 - kept) * images[::-1], share * targets + (1 - share) * targets[::-1]
+    return kept * images + (1 - kept) * images[::-1], ratio * targets + (1 - ratio) * targets[::-1]
 
 
 def _outside_box(key: jax.Array, area: jax.Array, height: int, width: int) -> jax.Array:

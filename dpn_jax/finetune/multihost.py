@@ -1,4 +1,4 @@
-"""Several processes that train one model: who writes, and how the others hear of it."""
+"""Several devices and processes that train one model: sharding, and what process 0 does for all."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -13,40 +13,42 @@ from dpn_jax.errors import RunError, reason
 Value = TypeVar("Value")
 Tree = TypeVar("Tree")
 
+AXIS = "data"
+
 
 def connect(coordinator: str | None = None, processes: int | None = None, index: int | None = None) -> None:
-    """Makes this process one of several; before anything else is done with JAX.
+    """Joins the processes of one run; must come before anything else that uses JAX.
 
     Args:
       coordinator: address and port of process 0, 'host:port'.
-      processes: how many there are.
-      index: which one this is, from 0. With all three left out, JAX asks the cluster (TPU, Slurm, Open MPI).
+      processes: their number.
+      index: the index of this one, from 0. All three default to what the cluster says (TPU, Slurm, Open MPI).
 
     Raises:
-      RunError: not all or none of the arguments are given, or the processes do not find each other.
+      RunError: only some of the arguments are given, or the processes cannot connect.
     """
     given = (coordinator, processes, index)
     if None in given and given != (None, None, None):
-        raise RunError("--coordinator, --processes and --process-index belong together (or --distributed alone)")
+        raise RunError("--coordinator, --processes and --process-index must be given together (or --distributed alone)")
     if processes is not None and index is not None and not 0 <= index < processes:
         raise RunError(f"--process-index must be 0 to {processes - 1}, got {index}")
-    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is the training loop's
+    jax.config.update("jax_enable_preemption_service", False)  # the training loop handles SIGTERM itself
     try:
         jax.distributed.initialize(coordinator, processes, index)
     except (RuntimeError, ValueError) as error:
-        raise RunError(f"the processes do not find each other ({reason(error)}); see jax.distributed") from error
+        raise RunError(f"the processes cannot connect ({reason(error)}); see jax.distributed") from error
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and talks."""
+    """Whether this is process 0, the one that writes files and messages."""
     return jax.process_index() == 0
 
 
-def share(value: Value) -> Value:
-    """What process 0 has, for all.
+def broadcast(value: Value) -> Value:
+    """Process 0's value, in every process.
 
     Args:
-      value: anything that JSON can hold; only that of process 0 counts.
+      value: anything JSON can hold; ignored in the other processes.
     """
     if jax.process_count() == 1:
         return value
@@ -58,8 +60,8 @@ def share(value: Value) -> Value:
     return json.loads(np.asarray(text, np.uint8).tobytes())
 
 
-def share_arrays(tree: Tree) -> Tree:
-    """A pytree of arrays as process 0 has it, for all; the others give one of the same shapes and dtypes."""
+def broadcast_arrays(tree: Tree) -> Tree:
+    """Process 0's pytree of arrays, in every process; the others pass one of the same shapes and dtypes."""
     if jax.process_count() == 1:
         return tree
     from jax.experimental.multihost_utils import broadcast_one_to_all
@@ -68,25 +70,25 @@ def share_arrays(tree: Tree) -> Tree:
 
 
 def on_first(action: Callable[[], Any]) -> Any:
-    """Does something in process 0 alone; if it fails there, every process stops.
+    """Calls a function in process 0 only; if it fails there, every process stops.
 
     Args:
-      action: gives something that JSON can hold.
+      action: returns something JSON can hold.
 
     Returns:
-      What `action` gave, in every process.
+      The result of `action`, in every process.
 
     Raises:
-      RunError: in the other processes, when it failed. In process 0 whatever it raised.
+      RunError: in the other processes if `action` failed; process 0 raises the original exception.
     """
     outcome: dict[str, Any] = {}
     failure: Exception | None = None
     if is_first():
         try:
             outcome["value"] = action()
-        except Exception as error:  # told to all before it is raised: they would wait for ever
+        except Exception as error:  # broadcast before it is raised: the others would wait forever
             failure, outcome["error"] = error, str(error)
-    outcome = share(outcome)
+    outcome = broadcast(outcome)
     if failure:
         raise failure
     if "error" in outcome:
@@ -95,7 +97,7 @@ def on_first(action: Callable[[], Any]) -> Any:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether the flag is set in any process."""
+    """Whether `flag` is true in any process."""
     if jax.process_count() == 1:
         return flag
     from jax.experimental.multihost_utils import process_allgather
@@ -103,30 +105,24 @@ def any_of(flag: bool) -> bool:
     return bool(np.any(process_allgather(np.asarray(flag))))
 
 
-AXIS = "data"
-
-
-Tree = TypeVar("Tree")
-
-
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with one axis, `data`.
 
-    Processes on CPUs had better meet before their first step (`jax.experimental.multihost_utils.sync_global_devices`):
-    at their first contact one that still compiles is waited for 30 s and no longer. Those of `dpn-jax finetune` have
-    met by then.
+    On CPUs, synchronize several processes before the first step (`jax.experimental.multihost_utils
+    .sync_global_devices`): their first collective waits at most 30 s for a process that is still compiling.
+    `dpn-jax finetune` does so.
 
     Args:
-      devices: left out, all of them, those of other hosts included (`jax.distributed.initialize` comes first).
+      devices: defaults to all devices, those of other hosts included (after `jax.distributed.initialize`).
     """
     return Mesh(np.asarray(jax.devices() if devices is None else devices), (AXIS,))
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts this process's part of a batch on its devices.
+    """Puts this process's slice of a batch on its devices.
 
     Args:
-      batch: arrays `[B / processes, ...]`; those of all processes, one after the other, are the global batch.
+      batch: arrays `[B / processes, ...]`; concatenated over the processes they are the global batch.
       mesh: from `data_mesh`.
 
     Returns:
@@ -146,7 +142,7 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
     """Copies a tree of arrays, such as a `TrainState`, onto every device of a mesh.
 
-    In a run of several processes each one brings the same values; nothing is sent.
+    With several processes, each passes the same values; nothing is sent.
     """
     sharding = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.array(x)), tree)

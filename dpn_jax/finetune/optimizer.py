@@ -1,30 +1,30 @@
-"""The optimizer and its schedule, made of optax's parts."""
+"""The optimizer and its learning rate schedule, built from optax."""
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from dpn_jax.finetune.config import FinetuneConfig
-from dpn_jax.finetune.parameters import check_freeze, decayed, distance, path_of, trainable
+from dpn_jax.finetune.parameters import check_freeze, decayed, layer_distance, path_of, trainable
 from dpn_jax.model import DPN
 
 
 def learning_rate(
     config: FinetuneConfig, *, steps: int | None = None, steps_per_epoch: float | None = None
 ) -> optax.Schedule:
-    """The learning rate by update: linear from 0 to the highest, then a cosine to the final one.
+    """The learning rate by update: linear warmup from 0 to the peak, then cosine decay to the final rate.
 
     Args:
-      config: the rates and the length of the warm-up.
-      steps: updates from start to end. Left out, `config.epochs` times `steps_per_epoch`; without that too, the rate
-        is constant.
-      steps_per_epoch: updates in an epoch. Left out, `steps` divided by `config.epochs`.
+      config: the rates and the length of the warmup.
+      steps: updates in total; defaults to `config.epochs` times `steps_per_epoch`, and without both the rate is
+        constant.
+      steps_per_epoch: updates per epoch; defaults to `steps` divided by `config.epochs`.
 
     Returns:
       A function from the number of updates done to the rate.
 
     Raises:
-      ValueError: there are no steps.
+      ValueError: `steps` or `steps_per_epoch` is not positive.
 
     Example:
       >>> config = FinetuneConfig(epochs=10, warmup_epochs=2, learning_rate=0.1)
@@ -39,26 +39,30 @@ def learning_rate(
     if steps < 1 or steps_per_epoch <= 0:
         raise ValueError(f"steps and steps_per_epoch must be more than 0, got {steps} and {steps_per_epoch}")
     warmup = min(round(config.warmup_epochs * steps_per_epoch), steps)
-    rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
-    share = config.final_learning_rate / config.learning_rate
-    fall = optax.cosine_decay_schedule(config.learning_rate, max(steps - warmup, 1), alpha=share)
-    schedule = optax.join_schedules([rise, fall], [warmup]) if warmup else fall
-    # as a float: optax mixes the integer count with floats, which strict dtype promotion refuses
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=warmup,
+        decay_steps=max(steps, warmup + 1),  # optax wants at least one step of decay
+        end_value=config.final_learning_rate,
+    )
+    # as a float: optax mixes the integer count with floats, which strict dtype promotion rejects
     return lambda count: schedule(jnp.asarray(count, float))
 
 
 def make_optimizer(
     config: FinetuneConfig, model: DPN, *, steps: int | None = None, steps_per_epoch: float | None = None
 ) -> optax.GradientTransformation:
-    """The optimizer that a configuration asks for.
+    """The optimizer of a configuration.
 
-    In this order: gradients of `config.accumulate` batches are averaged, clipped, turned into a direction with weight
-    decay of the kernels, and scaled by the learning rate and by layer-wise decay. What is frozen gets no update,
-    counts for no norm and has no moments. SGD is torch's: decay is added to the gradient, momentum has no dampening.
+    In this order: gradients of `config.accumulate` batches are averaged, clipped, transformed by the optimizer with
+    weight decay of the kernels, and scaled by the learning rate and by layer-wise decay. Frozen parameters get no
+    update, do not count in the gradient's norm and have no moments. SGD is torch's: decay is added to the gradient,
+    momentum has no dampening.
 
     Args:
-      config: the choices.
-      model: the model; only its architecture and the parameters' dtype are read.
+      config: the options.
+      model: the model; only its architecture and parameter dtype are used.
       steps, steps_per_epoch: see `learning_rate`.
 
     Returns:
@@ -86,7 +90,7 @@ def make_optimizer(
     if config.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     if config.layer_decay < 1:
-        parts.append(_scale_by_distance(config.layer_decay, model.config.depths))
+        parts.append(_scale_by_layer(config.layer_decay, model.config.depths))
     optimizer = optax.chain(*parts)
     if config.accumulate > 1:
         optimizer = _accumulate(optimizer, config.accumulate, model.param_dtype)
@@ -111,9 +115,9 @@ def _direction(config: FinetuneConfig) -> list[optax.GradientTransformation]:
     raise ValueError(f"optimizer must be sgd, adamw, lamb or lion, got {config.optimizer!r}")
 
 
-def _scale_by_distance(factor: float, depths: tuple[int, ...]) -> optax.GradientTransformation:
+def _scale_by_layer(factor: float, depths: tuple[int, ...]) -> optax.GradientTransformation:
     def scale(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
-        return jax.tree.map_with_path(lambda path, u: u * factor ** distance(path_of(path), depths), updates)
+        return jax.tree.map_with_path(lambda path, u: u * factor ** layer_distance(path_of(path), depths), updates)
 
     return optax.stateless(scale)
 
@@ -126,7 +130,7 @@ def _accumulate(
 
 
 def _promote(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Optax mixes its integer counts with floats, which strict dtype promotion would refuse."""
+    """Allows dtype promotion: optax mixes its integer counts with floats, which strict promotion rejects."""
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None

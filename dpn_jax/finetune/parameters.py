@@ -1,4 +1,4 @@
-"""Which parameter is trained, which one decays, and how far it is from the classifier: told by its path."""
+"""Which parameters are trained, which decay, and how far they are from the classifier, by their paths."""
 
 from typing import TypeVar
 
@@ -11,31 +11,31 @@ from dpn_jax.layers import NormAct
 from dpn_jax.model import DPN
 
 Path = tuple[str | int, ...]
-"""Where a parameter is, such as `("stages", 0, 2, "reduce", "conv", "kernel")`."""
+"""The path of a parameter, such as `("stages", 0, 2, "reduce", "conv", "kernel")`."""
 
 Tree = TypeVar("Tree")
 
 
 def trainable(config: FinetuneConfig, params: Tree) -> Tree:
-    """Which parameters `config.freeze` leaves to be trained.
+    """Which parameters are trained, that is, not frozen by `config.freeze`.
 
     Args:
-      config: the choices.
-      params: the parameters, `nnx.state(model, nnx.Param)`, any tree with its paths, or a part of it.
+      config: the options.
+      params: `nnx.state(model, nnx.Param)`, any tree with the same paths, or a part of it.
 
     Returns:
-      The same tree of booleans.
+      A tree of booleans of the same structure.
     """
     return jax.tree.map_with_path(lambda path, _: _is_trainable(config.freeze, path_of(path)), params)
 
 
 def decayed(params: Tree) -> Tree:
-    """Which parameters weight decay applies to: kernels, neither norms nor biases. Arguments as for `trainable`."""
+    """Which parameters have weight decay: kernels, not norms or biases. Arguments as for `trainable`."""
     return jax.tree.map_with_path(lambda path, _: path_of(path)[-1] == "kernel", params)
 
 
 def frozen_norms(config: FinetuneConfig, model: DPN) -> tuple[str, ...]:
-    """The norms that use their running statistics in training and keep them.
+    """The norms that use their running statistics in training and do not update them.
 
     All of them for `norms="frozen"`; otherwise those whose parameters `freeze` does not train.
 
@@ -55,10 +55,10 @@ def frozen_norms(config: FinetuneConfig, model: DPN) -> tuple[str, ...]:
 
 
 def check_freeze(config: FinetuneConfig, model: DPN) -> None:
-    """Refuses to freeze stages that the model does not have, or all of it.
+    """Checks that `config.freeze` names stages that the model has and leaves something to train.
 
     Raises:
-      ValueError: see above; the message names the value and what is possible.
+      ValueError: it does not; the message names the value and what is possible.
     """
     stages = len(model.config.depths)
     if _stage(config.freeze) > stages:
@@ -67,19 +67,19 @@ def check_freeze(config: FinetuneConfig, model: DPN) -> None:
         raise ValueError(f"freeze={config.freeze!r} leaves nothing to train in a model without a classifier")
 
 
-def distance(path: Path, depths: tuple[int, ...]) -> int:
-    """Blocks between a parameter and the classifier, whose own distance is 0.
+def layer_distance(path: Path, depths: tuple[int, ...]) -> int:
+    """Number of blocks from the classifier (0) to a parameter.
 
-    The last block and the final norm are at 1, as in timm, and the stem is the furthest.
+    The last block and the final norm are at 1, as in timm; the stem is the farthest.
 
     Args:
-      path: where the parameter is.
+      path: the path of the parameter.
       depths: blocks in each stage.
 
     Source: `timm.optim.param_groups_layer_decay` with `timm.models.dpn.DPN.group_matcher`.
 
     Example:
-      >>> distance(("stages", 1, 0, "reduce", "conv", "kernel"), (2, 3))
+      >>> layer_distance(("stages", 1, 0, "reduce", "conv", "kernel"), (2, 3))
       3
     """
     match path:
@@ -93,9 +93,9 @@ def distance(path: Path, depths: tuple[int, ...]) -> int:
 
 
 def path_of(path: KeyPath) -> Path:
-    """A path of `jax.tree_util` as plain names and numbers, whether or not the leaves are NNX variables."""
+    """A path of `jax.tree_util` as plain names and numbers, with or without NNX variables as leaves."""
     keys = tuple(getattr(entry, "key", None) for entry in path)
-    return keys[:-1] if keys[-1] is None else keys  # a variable's value is an attribute, without a key
+    return keys[:-1] if keys[-1] is None else keys  # the value of an NNX variable is an attribute, which has no key
 
 
 def _is_trainable(freeze: str, path: Path) -> bool:
@@ -111,11 +111,11 @@ def _is_trainable(freeze: str, path: Path) -> bool:
 
 
 def _stage(freeze: str) -> int:
-    """How many stages are frozen from the front."""
+    """Number of frozen stages, from the first."""
     return int(freeze.removeprefix("stage")) if freeze.startswith("stage") else 0
 
 
 def _order(path: Path) -> tuple[int, ...]:
-    """The network's order of its parts."""
+    """Sort key: the order of the modules in the network."""
     names = ("stem", "stages", "norm", "shortcut", "reduce", "grouped", "expand")
     return tuple(names.index(key) if isinstance(key, str) else key for key in path)

@@ -1,29 +1,137 @@
-"""What a run tells: `metrics.jsonl`, TensorBoard's events, a plot of the curves, a table."""
+"""The files of a run: `config.json` (what it depends on), `metrics.jsonl`, TensorBoard's events, plotted curves."""
 
 import contextlib
+import dataclasses
+import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from dpn_jax.config import DPNConfig
+from dpn_jax.errors import RunError, reason
+from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.metrics import Row
+from dpn_jax.pretrained import Preprocessing
 
+RECORD = "config.json"
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
 CURVES = "curves.png"
+_VERSIONS = ("dpn-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Everything that a run depends on."""
+
+    config: FinetuneConfig
+    source: str
+    """The tag, hub id or file of the initial weights, or the variant if they are random."""
+    architecture: DPNConfig
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...]
+    images: dict[str, Any]
+    """Number of images and digest of their names for each split, and the broken images."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The record as it comes back from JSON."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def start_record(output: Path, record: Record) -> None:
+    """Creates the folder of a new run, with its record.
+
+    Raises:
+      RunError: the folder exists and is not empty, or cannot be created.
+    """
+    try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            hint = "continue it with --resume (resume=True), or " if (output / RECORD).exists() else ""
+            raise RunError(f"{output}: already exists; {hint}choose another --output")
+        output.mkdir(parents=True, exist_ok=True)
+        temporary = output / f".{RECORD}.tmp"
+        temporary.write_text(json.dumps(record.as_json() | {"versions": _versions()}, indent=1) + "\n", "utf-8")
+        temporary.replace(output / RECORD)
+    except OSError as error:
+        raise RunError(f"{output}: cannot be created ({reason(error)})") from error
+
+
+def read_record(output: Path) -> dict[str, Any]:
+    """Reads the record of a run, as JSON.
+
+    Raises:
+      RunError: there is none, or it is damaged.
+    """
+    path = output / RECORD
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{output}: no run to resume (no {RECORD} in it); drop --resume to start one") from None
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({reason(error)})") from error
+    except ValueError as error:
+        raise RunError(f"{path}: damaged ({error}); start again with another --output") from error
+
+
+def read_config(output: Path) -> FinetuneConfig:
+    """The options of a run, from its record.
+
+    Raises:
+      RunError: there is no record, or it is damaged.
+    """
+    record = read_record(output)
+    try:
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in record["config"].items()}
+        return FinetuneConfig(**fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{output / RECORD}: damaged, or written by another version of dpn_jax ({error})") from error
+
+
+def check_record(output: Path, record: Record) -> None:
+    """Compares the record of a run with that of the run to be resumed.
+
+    Raises:
+      RunError: they differ; the message names each difference with both values.
+    """
+    saved, given = read_record(output), record.as_json()
+    # other options can select other images, so they are reported first
+    for old, new in ((saved.get("config") or {}, given.pop("config")), (saved, given)):
+        different = [name for name in new if old.get(name) != new[name]]
+        if different:
+            values = "; ".join(f"{name} was {_short(old.get(name))}, now {_short(new[name])}" for name in different)
+            raise RunError(f"{output}: cannot be resumed: different {', '.join(different)} ({values})")
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+            from dpn_jax import __version__
+
+            found[name] = __version__ if name == "dpn-jax" else "unknown"
+    return found
 
 
 class Log:
-    """Writes what was measured, a line at a time, into `metrics.jsonl` and for TensorBoard.
+    """Writes metrics to `metrics.jsonl`, a line at a time, and for TensorBoard.
 
-    `metrics.jsonl` holds nothing that depends on when or how fast a run went: that of a run that was interrupted and
-    resumed is the same, byte for byte, as if it had not been. The rate is TensorBoard's alone.
+    `metrics.jsonl` has no times or rates, which only TensorBoard gets: a run that was interrupted and resumed writes
+    the same bytes as one that was not.
 
     Args:
-      folder: the run's.
-      step: where the run (re)starts. Lines of later steps, and a line cut short, are dropped, and so is the validation
-        at this very step, which is made again.
+      folder: the run's folder.
+      step: where the run starts or resumes. Lines of later steps and an incomplete line are dropped, and so is the
+        validation at this step, which is repeated.
 
     Example:
       >>> import tempfile
@@ -38,7 +146,7 @@ class Log:
     """
 
     def __init__(self, folder: Path, *, step: int) -> None:
-        # SummaryWriter hands events to a thread and waits for ever where that has died, of a full disk for example
+        # not SummaryWriter: its thread can die, of a full disk for example, and it then waits forever
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
 
@@ -48,17 +156,19 @@ class Log:
         temporary.write_text("".join(_line(row) for row in kept), encoding="utf-8")
         temporary.replace(self.path)
         (folder / EVENTS).mkdir(exist_ok=True)
-        suffix = f".{os.getpid()}.{time.monotonic_ns()}"  # the writer's own names have seconds
+        suffix = f".{os.getpid()}.{time.monotonic_ns()}"  # the writer's own names only have seconds
         self._events = EventsWriter(str(folder / EVENTS / "events"), suffix)
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # TensorBoard forgets what came after it
+        start = event_pb2.SessionLog(
+            status=event_pb2.SessionLog.START
+        )  # TensorBoard then drops later steps of earlier files
         self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, session_log=start))
 
     def write(self, row: Row, **for_tensorboard: float) -> None:
-        """Adds a line.
+        """Appends a line.
 
         Args:
           row: `split` ('train' or 'val'), `step` and any numbers.
-          for_tensorboard: numbers that only TensorBoard shows.
+          for_tensorboard: numbers for TensorBoard only.
         """
         from tensorboardX.proto import event_pb2
         from tensorboardX.summary import scalar
@@ -72,16 +182,16 @@ class Log:
         self._events.flush()
 
     def close(self) -> None:
-        """Closes TensorBoard's file; every line is written already."""
-        with contextlib.suppress(OSError):  # it tries once more to write what could not be written
+        """Closes TensorBoard's file; all lines are already written."""
+        with contextlib.suppress(OSError):  # it retries what could not be written
             self._events.close()
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The lines of `metrics.jsonl`.
+    """Reads the lines of `metrics.jsonl`.
 
     Args:
-      path: the file; its last line may be cut short, and is then left out.
+      path: the file; an incomplete last line is ignored.
     """
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
@@ -96,13 +206,13 @@ def read_metrics(path: Path) -> list[Row]:
 
 
 def plot_curves(rows: Iterable[Row], path: Path) -> None:
-    """Draws loss and accuracy, of training and validation, and the learning rate over the epochs.
+    """Plots training and validation loss and accuracy, and the learning rate, over epochs.
 
     Args:
       rows: lines of `metrics.jsonl`.
-      path: the PNG file.
+      path: the PNG file to write.
     """
-    from matplotlib.figure import Figure  # not pyplot: it keeps figures and wants a display
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures and may need a display
 
     rows = list(rows)
     figure = Figure(figsize=(12, 3.6), layout="constrained")
@@ -116,26 +226,6 @@ def plot_curves(rows: Iterable[Row], path: Path) -> None:
         if axes.lines:
             axes.legend()
     figure.savefig(path, dpi=110)
-
-
-def table(head: Sequence[str], body: Iterable[Sequence[object]]) -> str:
-    """Text in columns, numbers to the right.
-
-    Example:
-      >>> print(table(("split", "loss"), [("train", 0.25), ("val", 1.5)]))
-      split    loss
-      train  0.2500
-      val    1.5000
-    """
-    lines = [tuple(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in line) for line in (head, *body)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
 
 
 def _line(row: Row) -> str:

@@ -1,6 +1,7 @@
-"""Fine-tuning from a folder of class folders to a file of weights."""
+"""A fine-tuning run, from a folder of class folders to a file of weights."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import logging
@@ -10,24 +11,35 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 
-from dpn_jax.checkpoint.load import save
-from dpn_jax.config import DPNConfig
+from dpn_jax.checkpoint.load import from_pretrained, save
+from dpn_jax.config import VARIANTS, DPNConfig, variant_of
 from dpn_jax.errors import RunError, reason
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.data import BatchIterator, batches, find_broken
-from dpn_jax.finetune.initial import initial_model
-from dpn_jax.finetune.interrupt import catch_interruption
-from dpn_jax.finetune.loop import Training
+from dpn_jax.finetune.loop import Training, catch_interruption
 from dpn_jax.finetune.metrics import Row
 from dpn_jax.finetune.multihost import data_mesh, is_first, on_first, replicate
 from dpn_jax.finetune.optimizer import make_optimizer
-from dpn_jax.finetune.record import RECORD, Record, begin, check_same, read_record
-from dpn_jax.finetune.report import CURVES, METRICS, plot_curves, read_metrics
+from dpn_jax.finetune.report import (
+    CURVES,
+    METRICS,
+    RECORD,
+    Record,
+    check_record,
+    plot_curves,
+    read_config,
+    read_metrics,
+    read_record,
+    start_record,
+)
 from dpn_jax.finetune.step import TrainState
 from dpn_jax.images.folders import ImageFolder, image_folder
-from dpn_jax.model import DPN
+from dpn_jax.model import DPN, create_model
+from dpn_jax.pretrained import PRETRAINED, Provenance, default_preprocessing
 
 WEIGHTS = "model.safetensors"
 
@@ -35,23 +47,23 @@ logger = logging.getLogger("dpn_jax")
 
 
 class Images(NamedTuple):
-    """The two splits."""
+    """The images of a run, by split."""
 
     train: ImageFolder
     val: ImageFolder
 
 
 class Finetuned(NamedTuple):
-    """What came of a run."""
+    """The result of a run."""
 
     output: Path
     """The run's folder."""
     weights: Path | None
-    """The file of weights; None where the run was interrupted."""
+    """The file of weights; None if the run was interrupted."""
     step: int
     """Batches seen."""
     steps: int
-    """Batches to see."""
+    """Batches in the whole run."""
     best: Row | None
     """The best validation: `step`, `epoch`, `loss`, `accuracy`, `accuracy5`."""
 
@@ -68,34 +80,33 @@ def finetune(
     progress: bool = True,
     note: Callable[[str], None] = logger.info,
 ) -> Finetuned:
-    """Trains a model on a folder of class folders: what `dpn-jax finetune` does.
+    """Trains a model on a folder of class folders, as `dpn-jax finetune` does.
 
-    The run's folder gets `config.json`, `metrics.jsonl`, TensorBoard's events, checkpoints and, in the end,
-    `model.safetensors` (the state with the best validation accuracy; its moving average where `config.ema_decay` is
-    set) and `curves.png`. SIGTERM and Ctrl-C stop the run where it can be resumed. On CPU a resumed run ends with the
-    same bits as one that was not interrupted.
+    Writes `config.json`, `metrics.jsonl`, TensorBoard's events, checkpoints and, at the end, `model.safetensors` (the
+    state with the best validation accuracy; its moving average if `config.ema_decay` is set) and `curves.png`.
+    SIGTERM and Ctrl-C save a checkpoint and stop. On CPU a resumed run is bit-identical to an uninterrupted one.
 
     Args:
       folder: `train/<class>/*` and `val/<class>/*`, or `<class>/*`, see `image_folder`.
-      output: the run's folder; new, or empty, unless `resume` is set.
-      config: the choices; left out, those of the run that is resumed, or the defaults.
-      source: a tag, hub id or file whose weights to start from; or a variant ('dpn68b') or an architecture to start
-        from random weights.
+      output: the run's folder, new or empty unless `resume` is set.
+      config: the options; defaults to those of the resumed run, or to `FinetuneConfig()`.
+      source: a tag, hub id or file of the initial weights; or a variant ('dpn68b') or an architecture for random
+        weights.
       model, revision: as for `from_pretrained`.
-      resume: go on from the newest checkpoint in `output`.
-      progress: show a progress bar, where stderr is a terminal.
-      note: told what there is to tell, in lines.
+      resume: continue from the newest checkpoint in `output`.
+      progress: show a progress bar if stderr is a terminal.
+      note: called with each message, a line.
 
     Returns:
-      Where the result is, and how good.
+      The files of the run and its best validation.
 
     Raises:
-      RunError: `output` exists, or cannot be resumed, or written; training diverged (`DivergedError`).
+      RunError: `output` exists, or cannot be resumed or written; or training diverged (`DivergedError`).
       DataError: the images cannot be trained on.
-      CheckpointError, ValueError: the model cannot be loaded, or does not fit the choices.
+      CheckpointError, ValueError: the model cannot be loaded, or does not fit the options.
 
     Example:
-      Digits from scratch, on any machine::
+      Digits from random weights::
 
         run = finetune("digits", "run", FinetuneConfig(epochs=5, image_size=32), source="dpn68b")
         classifier = dpn_jax.Classifier.from_pretrained(run.weights)
@@ -103,7 +114,7 @@ def finetune(
     _check_installed()
     folder, output = Path(folder), Path(output)
     if config is None:
-        config = _saved_config(output) if resume else FinetuneConfig()
+        config = read_config(output) if resume else FinetuneConfig()
     say = note if is_first() else logger.debug
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(catch_interruption())
@@ -112,50 +123,99 @@ def finetune(
         broken = on_first(lambda: _broken(folder, output, images, config, start, resume=resume))
         if broken:
             images = Images(*(split.without([str(folder.absolute() / file) for file in broken]) for split in images))
-            for reason in broken.values():
-                say(f"left out: {reason}")
-            say(f"{len(broken)} images cannot be read and are left out; {output / RECORD} lists them")
+            for why in broken.values():
+                say(f"skipped: {why}")
+            say(f"{len(broken)} images cannot be read and are skipped; {output / RECORD} lists them")
         mesh = data_mesh()
         train, val = _batches(images, config, start, mesh)
         state = replicate(_initial_state(config, start, train), mesh)
-        on_first(lambda: _open(output, _record(config, start, train, val, images, broken), resume=resume))
+        record = Record(
+            config=config,
+            source=start.provenance.source,
+            architecture=start.config,
+            preprocessing=start.provenance.preprocessing,
+            class_names=images.train.class_names,
+            images={
+                "train": [len(images.train), train.get_state()["data"]],
+                "val": [len(images.val), val.get_state()["data"]],
+                "broken": broken,
+            },
+        )
+        on_first(lambda: check_record(output, record) if resume else start_record(output, record))
         training = Training(output, config, state, mesh, train, val, interruption, say)
         stack.callback(training.close)
-        stack.enter_context(_explained(training))
+        stack.enter_context(_one_line_errors(training))
         say(
-            f"{len(images.train)} images of {len(images.train.class_names)} classes to train on, {len(images.val)} to "
-            f"validate with; {training.plan.total} steps on {mesh.size} {'device' if mesh.size == 1 else 'devices'}"
+            f"{len(images.train)} training images of {len(images.train.class_names)} classes, {len(images.val)} "
+            f"validation images; {training.steps.total} steps on {mesh.size} "
+            f"{'device' if mesh.size == 1 else 'devices'}"
         )
         if resume:
             found = training.restore()
-            say(f"going on from step {training.step}" if found else "no checkpoint yet: beginning again")
+            say(f"resuming from step {training.step}" if found else "no checkpoint yet: starting from the beginning")
         if not training.run(progress=progress):
-            say(f"stopped after step {training.step} of {training.plan.total}; checkpoint {training.saved} is saved")
-            return Finetuned(output, None, training.step, training.plan.total, training.best)
+            say(f"stopped after step {training.step} of {training.steps.total}; checkpoint {training.saved} is saved")
+            return Finetuned(output, None, training.step, training.steps.total, training.best)
         on_first(lambda: plot_curves(read_metrics(output / METRICS), output / CURVES))
         best, step = training.best_state()
         ema = config.ema_decay is not None
         on_first(lambda: save(best.model(ema=ema), output / WEIGHTS, overwrite=True))
         say(f"{output / WEIGHTS}: the {'moving average of the ' if ema else ''}weights after step {step}")
-        return Finetuned(output, output / WEIGHTS, training.step, training.plan.total, training.best)
+        return Finetuned(output, output / WEIGHTS, training.step, training.steps.total, training.best)
+
+
+def initial_model(
+    source: str | Path | DPNConfig,
+    config: FinetuneConfig,
+    class_names: tuple[str, ...],
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    note: Callable[[str], None],
+) -> DPN:
+    """The model that a run starts from, with pretrained or random weights.
+
+    Args:
+      source: a tag, hub id or file of weights, as for `from_pretrained`; or a variant ('dpn68b') or an architecture for
+        random weights, initialized from `config.seed`.
+      config: the options; `dtype`, `remat`, `seed` and `image_size` are used.
+      class_names: the classes. Weights of exactly these classes keep their classifier, others get a new one.
+      model, revision: as for `from_pretrained`.
+      note: called with a line about the weights.
+
+    Returns:
+      The model; its provenance has the class names and the preprocessing.
+
+    Raises:
+      CheckpointError, ValueError: as `from_pretrained`.
+    """
+    options = {"dtype": jnp.dtype(config.dtype), "remat": config.remat}
+    rngs = nnx.Rngs(config.seed)
+    if isinstance(source, DPNConfig) or (isinstance(source, str) and source in VARIANTS):
+        built = create_model(source, num_classes=len(class_names), rngs=rngs, **options)
+        name = source if isinstance(source, str) else variant_of(source) or "a DPN"
+        note(f"{name} starts from random weights (seed {config.seed})")
+    else:
+        built = from_pretrained(source, model=model, revision=revision, rngs=rngs, **options)
+        name = built.provenance.source or Path(source).name
+        if built.config.num_classes == len(class_names) and built.provenance.class_names == class_names:
+            note(f"{name} has these {len(class_names)} classes: its classifier is kept")
+        else:
+            built.reset_classifier(len(class_names), rngs=rngs)
+            note(f"{name} gets a new classifier for {len(class_names)} classes")
+    tag = PRETRAINED.get((model or "").removeprefix("timm/"))
+    preprocessing = tag.preprocessing if tag else built.provenance.preprocessing or default_preprocessing(built.config)
+    if config.image_size is not None:
+        preprocessing = dataclasses.replace(preprocessing, image_size=config.image_size)
+    # neither hash nor file, which describe the initial weights only
+    built.provenance = Provenance(source=name, preprocessing=preprocessing, class_names=class_names)
+    return built
 
 
 def _check_installed() -> None:
     missing = [name for name in ("grain", "orbax", "tensorboardX", "matplotlib") if not importlib.util.find_spec(name)]
     if missing:
         raise RunError(f'fine-tuning needs {", ".join(missing)}: pip install "dpn-jax[finetune]"')
-
-
-def _saved_config(output: Path) -> FinetuneConfig:
-    try:
-        return FinetuneConfig(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in read_record(output)["config"].items()
-            }
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{output / RECORD}: damaged, or written by another dpn_jax ({error})") from error
 
 
 def _images(folder: Path, config: FinetuneConfig) -> Images:
@@ -166,7 +226,7 @@ def _images(folder: Path, config: FinetuneConfig) -> Images:
 def _broken(
     folder: Path, output: Path, images: Images, config: FinetuneConfig, model: DPN, *, resume: bool
 ) -> dict[str, str]:
-    """The images that cannot be read, by their path in the folder; a resumed run leaves out the same."""
+    """The reason for each image that cannot be read, by its path in the folder; a resumed run skips the same."""
     if not config.skip_broken:
         return {}
     if resume:
@@ -174,7 +234,7 @@ def _broken(
     found: dict[str, str] = {}
     for split in images:
         found |= find_broken(split, config, model.provenance.preprocessing)
-    return {os.path.relpath(file, folder.absolute()): reason for file, reason in found.items()}
+    return {os.path.relpath(file, folder.absolute()): why for file, why in found.items()}
 
 
 def _batches(images: Images, config: FinetuneConfig, model: DPN, mesh: Mesh) -> tuple[BatchIterator, BatchIterator]:
@@ -182,7 +242,7 @@ def _batches(images: Images, config: FinetuneConfig, model: DPN, mesh: Mesh) -> 
         raise RunError(f"batch_size must be a multiple of the {mesh.size} devices, got {config.batch_size}")
     hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     preprocessing = model.provenance.preprocessing
-    # both for all epochs, so that their workers start but once
+    # both for all epochs, so that their workers start only once
     return (
         batches(images.train, config, preprocessing, train=True, epochs=config.epochs, **hosts),
         batches(images.val, config, preprocessing, train=False, epochs=config.epochs, **hosts),
@@ -195,50 +255,18 @@ def _initial_state(config: FinetuneConfig, model: DPN, train: BatchIterator) -> 
     return TrainState.create(model, tx, config)
 
 
-def _record(
-    config: FinetuneConfig,
-    model: DPN,
-    train: BatchIterator,
-    val: BatchIterator,
-    images: Images,
-    broken: dict[str, str],
-) -> Record:
-    return Record(
-        config=config,
-        source=model.provenance.source,
-        architecture=model.config,
-        preprocessing=model.provenance.preprocessing,
-        class_names=images.train.class_names,
-        images={
-            "train": [len(images.train), train.get_state()["data"]],
-            "val": [len(images.val), val.get_state()["data"]],
-            "broken": broken,
-        },
-    )
-
-
-def _open(output: Path, record: Record, *, resume: bool) -> None:
-    if resume:
-        check_same(output, record)
-    else:
-        begin(output, record)
-
-
 @contextlib.contextmanager
-def _explained(training: Training) -> Iterator[None]:
-    """Gives what the disk and the devices complain of in one line."""
+def _one_line_errors(training: Training) -> Iterator[None]:
+    """Turns errors of the disk and of the devices into one line that says how to continue."""
     try:
         yield
     except OSError as error:
         place = error.filename or training.output
         raise RunError(
-            f"{place}: {reason(error)} at step {training.step}; mend that and go on with --resume"
+            f"{place}: {reason(error)} at step {training.step}; fix this and continue with --resume"
         ) from error
     except jax.errors.JaxRuntimeError as error:
-        why = reason(error)
-        hint = (
-            "lower --batch-size (and raise --accumulate), or try --remat"
-            if "RESOURCE_EXHAUSTED" in why
-            else ("go on with --resume")
-        )
+        why, hint = reason(error), "continue with --resume"
+        if "RESOURCE_EXHAUSTED" in why:
+            hint = "lower --batch-size (and raise --accumulate), or try --remat"
         raise RunError(f"{training.output}: step {training.step} failed ({why}); {hint}") from error

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
 import jax
@@ -17,31 +17,28 @@ from dpn_jax.config import DPNConfig
 from dpn_jax.fast.plan import compiler_options
 from dpn_jax.fast.training import fast_apply
 from dpn_jax.finetune.config import FinetuneConfig
+from dpn_jax.finetune.data import Batch
 from dpn_jax.finetune.mixup import mix
 from dpn_jax.finetune.parameters import frozen_norms, trainable
 from dpn_jax.model import DPN
 from dpn_jax.pretrained import Preprocessing, default_preprocessing
 
-Batch = Mapping[str, jax.Array | np.ndarray]
-"""`image`: uint8 `[B, H, W, C]`, or floats that are normalized already. `label`: whole numbers `[B]`, or each class's
-share `[B, K]`. `weight`, which may be left out: `[B]`, how much an image counts, 0 for padding."""
-
 Metrics = dict[str, jax.Array]
 """Sums over a batch, scalars: divide `loss`, `correct` and `correct5` by `count`. Training adds `gradient_norm` and
-`learning_rate`, which are no sums."""
+`learning_rate`, which are not sums."""
 
 Tree = TypeVar("Tree")
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a step is compiled for."""
+    """The static part of a step: what it is compiled for."""
 
     graphdef: nnx.GraphDef[DPN] = dataclasses.field(hash=False, repr=False)
-    """The model in training mode, without its arrays. Hashing it takes longer than a step may cost in Python."""
+    """The model in training mode, without its arrays. Not hashed: that would take too long at every step."""
     architecture: DPNConfig
     dtype: np.dtype
-    """Of targets, losses and metrics: the model's, float32 at least."""
+    """Dtype of targets, losses and metrics: the model's, at least float32."""
     tx: optax.GradientTransformation
     config: FinetuneConfig
     preprocessing: Preprocessing
@@ -50,16 +47,16 @@ class Setup:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that training changes: a pytree of arrays, and what it needs to know (`setup`, not in the tree)."""
+    """Everything that training changes, as a pytree of arrays; `setup` is static and not part of the tree."""
 
     step: jax.Array
     """int32, batches seen."""
     params: nnx.State
     statistics: nnx.State
-    """Of the norms."""
+    """Running statistics of the norms."""
     optimizer: optax.OptState
     ema: tuple[nnx.State, nnx.State] | None
-    """Averages of `params` and `statistics`, where `config.ema_decay` asks for them."""
+    """Averages of `params` and `statistics`, if `config.ema_decay` is set."""
     setup: Setup = dataclasses.field(metadata={"static": True})
 
     @classmethod
@@ -74,11 +71,11 @@ class TrainState:
         """The state before the first step.
 
         Args:
-          model: the model; its arrays are copied and it is left as it is. `dtype` and `remat` are its own, dropout is
-            the config's.
-          tx: the optimizer, from `make_optimizer` or any of optax.
-          config: the choices.
-          preprocessing: whose mean and deviation normalize uint8 images; left out, that of the model's weights.
+          model: the model, which is copied and not changed. `dtype` and `remat` are those of the model, dropout is
+            that of `config`.
+          tx: the optimizer, from `make_optimizer` or any optax transformation.
+          config: the options.
+          preprocessing: its mean and standard deviation normalize uint8 images; defaults to that of the weights.
 
         Raises:
           ValueError: the model has no classifier or no pooling, or `config.freeze` or the preprocessing does not fit.
@@ -100,14 +97,14 @@ class TrainState:
             ema=None if config.ema_decay is None else (params, statistics),
             setup=Setup(graphdef, model.config, dtype, tx, config, preprocessing),
         )
-        # a step takes over its state's buffers: no other array may share them
+        # a step donates the buffers of its state: no other array may use them
         return jax.tree.map(lambda x: jnp.array(x, copy=True), state)
 
     def model(self, *, ema: bool = False) -> DPN:
         """The model, in eval mode; an independent copy on the default device, with its config and provenance.
 
         Args:
-          ema: take the averages.
+          ema: use the averages.
 
         Raises:
           ValueError: there are no averages.
@@ -133,19 +130,19 @@ class TrainState:
 
 
 def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    """One forward and backward pass over a batch; an update of the parameters at each `config.accumulate`-th.
+    """One forward and backward pass over a batch, and an update of the parameters every `config.accumulate` batches.
 
-    Everything random is drawn from `config.seed` and `state.step`. On several devices (`shard_batch`, `replicate`)
-    norms and gradients are those of the whole batch.
+    Randomness depends only on `config.seed` and `state.step`. On several devices (`shard_batch`, `replicate`) norms
+    and gradients are those of the whole batch.
 
     Args:
-      state: the state. **It is used up**: its arrays are donated to the result, so do not touch it afterwards.
+      state: the state. **Its arrays are donated** to the result, so do not use it afterwards.
       batch: see `Batch`.
 
     Returns:
-      The next state, and `loss` (the one that is minimized, with smoothing and mixing), `correct`, `correct5`
-      (against the largest share), `count`, `gradient_norm` (before clipping, without frozen parameters) and
-      `learning_rate` (of the last update; NaN where `tx` is not from `make_optimizer`).
+      The next state, and `loss` (the training loss, with label smoothing and mixing), `correct`, `correct5` (against
+      the most probable class of the target), `count`, `gradient_norm` (before clipping, without frozen parameters) and
+      `learning_rate` (of the last update; NaN if `tx` is not from `make_optimizer`).
 
     Raises:
       ValueError: the batch does not fit the model.
@@ -171,7 +168,7 @@ def eval_step(state: TrainState, batch: Batch, *, ema: bool = False) -> Metrics:
     """Loss (plain cross-entropy) and accuracy over a batch, with the running statistics.
 
     Args:
-      state: the state; it stays as it is.
+      state: the state, which is not changed.
       batch: see `Batch`.
       ema: evaluate the averages.
 
@@ -187,13 +184,13 @@ def eval_step(state: TrainState, batch: Batch, *, ema: bool = False) -> Metrics:
 
 
 def _program(step: Callable[..., Any], state: TrainState, **names: str | tuple[str, ...]) -> Callable[..., Any]:
-    """A step, compiled; but within somebody's `jit`, where it is part of that program."""
+    """The compiled step; the plain function if called under another `jit`."""
     return step if isinstance(state.step, jax.core.Tracer) else _jitted(step, **names)
 
 
 @functools.cache
 def _jitted(step: Callable[..., Any], **names: str | tuple[str, ...]) -> Callable[..., Any]:
-    # not when this module is imported: the options depend on the backend
+    # not at import time: the options depend on the backend
     return jax.jit(step, compiler_options=compiler_options(training=True), **names)
 
 
@@ -207,17 +204,17 @@ def _train_step(state: TrainState, batch: Batch, sharding: NamedSharding | None)
     trained = trainable(config, state.params)
 
     def mean_loss(params: nnx.State) -> tuple[jax.Array, tuple[nnx.State, Metrics]]:
-        # without this, the backward pass would go on through frozen layers
+        # otherwise the backward pass would continue through frozen layers
         params = jax.tree.map(lambda t, p: p if t else jax.lax.stop_gradient(p), trained, params)
         model = nnx.merge(setup.graphdef, params, state.statistics)
         model.dropout.rngs = nnx.Rngs(dropout=dropout_key).dropout
-        metrics = _metrics(fast_apply(model, images), targets, smooth, weights)
+        metrics = _metrics(_forward(model, images), targets, smooth, weights)
         return metrics["loss"] / metrics["count"], (nnx.as_pure(nnx.state(model, nnx.BatchStat)), metrics)
 
     gradients, (statistics, metrics) = jax.grad(mean_loss, has_aux=True)(state.params)
     updates, optimizer = setup.tx.update(gradients, state.optimizer, state.params)
     moved = optax.apply_updates(state.params, updates)
-    # whatever the optimizer does, such as weight decay, what is frozen stays
+    # frozen parameters stay whatever the optimizer does, such as weight decay
     params = jax.tree.map(lambda t, new, old: new if t else old, trained, moved, state.params)
     step = state.step + 1
     ema = state.ema and _average(state.ema, (params, statistics), config.ema_decay, step % config.accumulate == 0)
@@ -231,15 +228,20 @@ def _eval_step(
     images, targets, weights = _prepare(batch, setup)
     model = nnx.merge(setup.graphdef, params, statistics)
     model.eval()
-    return _constrain(_metrics(fast_apply(model, images), targets, targets, weights), sharding)
+    return _constrain(_metrics(_forward(model, images), targets, targets, weights), sharding)
+
+
+def _forward(model: DPN, images: jax.Array) -> jax.Array:
+    """Logits of training and evaluation alike."""
+    return fast_apply(model, images)
 
 
 def _training_mode(model: DPN, config: FinetuneConfig) -> tuple[nnx.GraphDef[DPN], nnx.State, nnx.State]:
-    """Splits a copy of a model that is in training mode, but for its frozen norms."""
+    """Splits a copy of the model in training mode; frozen norms stay in eval mode."""
     frozen = frozen_norms(config, model)
     model = nnx.clone(model)
     model.config = model.config.replace(drop_rate=config.drop_rate)
-    model.dropout = nnx.Dropout(config.drop_rate)  # each step brings its own randomness
+    model.dropout = nnx.Dropout(config.drop_rate)  # each step sets its random key
     model.train()
     for path, module in nnx.iter_modules(model):
         if ".".join(map(str, path)) in frozen:
@@ -260,7 +262,7 @@ def _checked(batch: Batch, architecture: DPNConfig) -> Batch:
 
 
 def _prepare(batch: Batch, setup: Setup) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalized images `[B, H, W, C]`, each class's share `[B, K]` and weights `[B]`."""
+    """Normalized images `[B, H, W, C]`, class probabilities `[B, K]` and weights `[B]`."""
     images, labels = batch["image"], batch["label"]
     if images.dtype == jnp.uint8:
         mean, std = (np.asarray(value, np.float32) for value in (setup.preprocessing.mean, setup.preprocessing.std))
@@ -287,7 +289,7 @@ def _metrics(logits: jax.Array, targets: jax.Array, smooth: jax.Array, weights: 
 
 
 def _average(old: nnx.State, new: nnx.State, decay: float, updated: jax.Array) -> nnx.State:
-    """The moving average; counters are copied. What stands still is kept to the bit."""
+    """The exponential moving average; counters are copied, and constant values stay bit-identical."""
 
     def move(old: jax.Array, new: jax.Array) -> jax.Array:
         moved = old + (1 - decay) * (new - old) if jnp.issubdtype(old.dtype, jnp.floating) else new
@@ -302,7 +304,7 @@ def _learning_rate(optimizer: optax.OptState) -> jax.Array:
 
 
 def _mesh_sharding(state: TrainState) -> NamedSharding | None:
-    """Where the state is on a mesh: what comes out of a step has to be there again."""
+    """The sharding of a state on a mesh, which the outputs of a step must have too; None without a mesh."""
     sharding = None if isinstance(state.step, jax.core.Tracer) else state.step.sharding
     return sharding if isinstance(sharding, NamedSharding) else None
 

@@ -252,11 +252,11 @@ def test_training_sees_every_image_once_an_epoch_in_another_order(everything: Im
     config = dataclasses.replace(PLAIN, batch_size=5)
     iterator = batches(everything, config, SMALL, train=True, epochs=3)
     seen = [[number[image.tobytes()] for image in batch["image"]] for batch in iterator]
-    assert iterator.per_epoch == 4 and len(seen) == 12, "the incomplete batch of an epoch is left out"
+    assert iterator.per_epoch == 4 and len(seen) == 12, "the incomplete batch of an epoch is dropped"
     epochs = [list(itertools.chain(*seen[start : start + 4])) for start in (0, 4, 8)]
     assert all(len(set(epoch)) == 20 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert len({frozenset(epoch) for epoch in epochs}) > 1, "not always the same two are left out"
+    assert len({frozenset(epoch) for epoch in epochs}) > 1, "not always the same two are dropped"
     again = batches(everything, config, SMALL, train=True, epochs=1)
     assert seen[:4] == [[number[image.tobytes()] for image in batch["image"]] for batch in again]
     other = batches(everything, dataclasses.replace(config, seed=1), SMALL, train=True)
@@ -392,7 +392,7 @@ def test_a_broken_image_stops_with_its_name(changing: Path) -> None:
             assert str(error.value).isprintable()
 
 
-def test_broken_images_are_found_and_left_out(changing: Path) -> None:
+def test_broken_images_are_found_and_removed(changing: Path) -> None:
     whole = (changing / "cat" / "1.png").read_bytes()
     (changing / "cat" / "1.png").write_bytes(whole[: len(whole) // 2])
     (changing / "fish" / "4.png").write_bytes(b"")
@@ -409,14 +409,14 @@ def test_broken_images_are_found_and_left_out(changing: Path) -> None:
 
 
 def test_no_broken_image_escapes_the_check(changing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpn_jax.finetune.data._FILES_A_CHECK", 4)
+    monkeypatch.setattr("dpn_jax.finetune.data._FILES_PER_CHECK", 4)
     for name in ("cat/0.png", "dog/5.png", "fish/4.png"):
         (changing / name).write_bytes(b"broken")
     broken = find_broken(image_folder(changing, split="all"), PLAIN, SMALL)
     assert [str(Path(file).relative_to(changing)) for file in broken] == ["cat/0.png", "dog/5.png", "fish/4.png"]
 
 
-def test_jpegs_are_decoded_as_small_as_may_be(tmp_path: Path) -> None:
+def test_jpegs_are_decoded_at_a_reduced_size(tmp_path: Path) -> None:
     gradient = np.linspace(0, 255, 900 * 1200).reshape(900, 1200).astype(np.uint8)
     file = tmp_path / "photo.jpg"
     Image.fromarray(gradient).convert("RGB").save(file, quality=95)
@@ -541,7 +541,7 @@ def test_a_worker_outlives_signals_to_all_and_its_death_is_an_error(everything: 
 
 SCRIPT = """
 import sys, time
-from dpn_jax.config import Preprocessing
+from dpn_jax.pretrained import Preprocessing
 from dpn_jax.finetune import FinetuneConfig, batches, image_folder
 
 def main():
@@ -576,7 +576,7 @@ def test_workers_end_with_a_killed_run_and_quietly_with_a_finished_one(root: Pat
 
 
 @pytest.mark.slow
-def test_a_script_without_a_guard_is_told_so(root: Path, tmp_path: Path) -> None:
+def test_a_script_without_a_main_guard_gets_a_clear_error(root: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT + "main()\n")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -584,4 +584,4 @@ def test_a_script_without_a_guard_is_told_so(root: Path, tmp_path: Path) -> None
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert result.returncode == 1 and result.stdout == ""
     assert "the script runs again in a worker process: put its code under: if __name__ == '__main__'" in result.stderr
-    assert result.stderr.splitlines()[-1].endswith("must stand under: if __name__ == '__main__'")
+    assert result.stderr.splitlines()[-1].endswith("must keep its code under: if __name__ == '__main__'")

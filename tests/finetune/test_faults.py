@@ -1,4 +1,4 @@
-"""What becomes of a run that is stopped, killed, or short of something: the real command, mostly in its own process.
+"""Runs that are stopped, killed or out of a resource: the real command, mostly in a process of its own.
 
 `KILLS=20 python -m pytest tests/finetune/test_faults.py -k random_moments -o faulthandler_timeout=3600` kills and
 resumes at 20 random moments.
@@ -44,7 +44,7 @@ def reference(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def complain(capfd: pytest.CaptureFixture[str]) -> Main:
-    """Runs the command in this process; gives its exit code and its complaint."""
+    """Runs the command in this process; returns its exit code and stderr."""
 
     def complain(words: list[str]) -> tuple[int, str]:
         capfd.readouterr()
@@ -55,7 +55,7 @@ def complain(capfd: pytest.CaptureFixture[str]) -> Main:
 
 
 def assert_resumes(runs: Runs, output: Path, reference: Path) -> str:
-    """Going on ends with the very bits of the run that was never interrupted."""
+    """A resumed run ends with the same bits as the run that was never interrupted."""
     code, _, err = runs.run(output, "--resume")
     assert code == 0, err
     assert contents(output) == contents(reference)
@@ -73,7 +73,7 @@ def assert_one_line(complaint: str, *parts: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_go_on(
+def test_a_signal_saves_and_says_how_to_continue(
     runs: Runs, reference: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     output = tmp_path / "a run"
@@ -82,7 +82,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     process.send_signal(number)
     code, out, err = finish(process)
     assert (code, out) == (0, "")
-    assert_one_line(err, f"go on with: dpn-jax finetune {runs.images}", f"--output '{output}'", "--resume")
+    assert_one_line(err, f"continue with: dpn-jax finetune {runs.images}", f"--output '{output}'", "--resume")
     assert not (output / "model.safetensors").exists()
     assert_resumes(runs, output, reference)
 
@@ -98,7 +98,7 @@ def test_kill_at_random_moments_changes_nothing(runs: Runs, reference: Path, tmp
         process.kill()
         finish(process)
         err = assert_resumes(runs, output, reference)
-        print(f"killed {more:.2f} s after step {step};", *(line for line in err.splitlines() if "ing on" in line))
+        print(f"killed {more:.2f} s after step {step};", *(line for line in err.splitlines() if "step" in line))
 
 
 def count_lines(output: Path) -> int:
@@ -128,7 +128,7 @@ def list_steps(output: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_the_run_and_keeps_what_there_is(runs: Runs, reference: Path, tmp_path: Path) -> None:
+def test_a_full_disk_stops_the_run_and_keeps_the_checkpoints(runs: Runs, reference: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     process = runs.start(output)
     assert wait_for(lambda: (output / "checkpoints" / "2").exists(), process)
@@ -189,10 +189,10 @@ def test_an_unreadable_image_is_named(runs: Runs, tmp_path: Path, complain: Main
 
 
 @pytest.mark.slow
-def test_another_choice_than_the_saved_one_is_named(runs: Runs, reference: Path, complain: Main) -> None:
+def test_options_that_differ_from_the_saved_ones_are_named(runs: Runs, reference: Path, complain: Main) -> None:
     code, err = complain(runs.words(reference, "--resume", "--seed", "1", "--optimizer", "lion"))
     assert code == 2
-    assert_one_line(err, "another optimizer, seed", '"adamw"', '"lion"')
+    assert_one_line(err, ": different optimizer, seed", '"adamw"', '"lion"')
 
 
 def test_what_to_start_from_must_be_named(runs: Runs, tmp_path: Path, complain: Main) -> None:
@@ -201,10 +201,10 @@ def test_what_to_start_from_must_be_named(runs: Runs, tmp_path: Path, complain: 
     assert_one_line(err, "--model TAG", "--weights FILE")
 
 
-def test_only_a_part_of_the_processes_options_is_refused(runs: Runs, tmp_path: Path, complain: Main) -> None:
+def test_the_options_of_processes_are_refused_unless_complete(runs: Runs, tmp_path: Path, complain: Main) -> None:
     code, err = complain(runs.words(tmp_path / "run", "--processes", "2"))
     assert code == 2
-    assert_one_line(err, "--coordinator, --processes and --process-index belong together")
+    assert_one_line(err, "--coordinator, --processes and --process-index must be given together")
 
 
 @pytest.mark.slow
@@ -222,7 +222,7 @@ def test_two_processes_equal_one(runs: Runs, tmp_path: Path) -> None:
     outcomes = [finish(process) for process in processes]
     assert [code for code, _, _ in outcomes] == [0, 0], outcomes
     assert "validation" in outcomes[0][1]
-    assert "dpn-jax" not in outcomes[1][1] + outcomes[1][2]  # only process 0 talks
+    assert "dpn-jax" not in outcomes[1][1] + outcomes[1][2]  # only process 0 prints
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name in one:
         np.testing.assert_allclose(two[name], one[name], rtol=1e-5, atol=1e-5, err_msg=name)

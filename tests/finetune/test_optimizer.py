@@ -11,7 +11,7 @@ from flax import nnx
 
 import dpn_jax
 from dpn_jax.finetune import FinetuneConfig, frozen_norms, learning_rate, make_optimizer
-from dpn_jax.finetune.parameters import distance, path_of
+from dpn_jax.finetune.parameters import layer_distance, path_of
 from tests.support.models import TINY, randomize
 
 RATE = 0.1
@@ -51,7 +51,7 @@ def updates_of(tx: optax.GradientTransformation, params: nnx.State, gradients: S
 
 
 @pytest.mark.parametrize("lengths", [{"steps_per_epoch": 5}, {"steps": 50}, {"steps": 50, "steps_per_epoch": 5}])
-def test_rate_rises_in_a_line_and_falls_in_a_cosine(lengths: dict[str, int]) -> None:
+def test_rate_has_a_linear_warmup_and_a_cosine_decay(lengths: dict[str, int]) -> None:
     config = FinetuneConfig(epochs=10, warmup_epochs=2, learning_rate=0.2, final_learning_rate=0.02)
     schedule = learning_rate(config, **lengths)
     for update in range(60):
@@ -75,15 +75,15 @@ def test_rate_without_length_warmup_or_fall() -> None:
 def test_only_kernels_decay(name: str, model: dpn_jax.DPN, params: nnx.State) -> None:
     config = FinetuneConfig(optimizer=name, learning_rate=RATE, weight_decay=0.5)
     [updates] = updates_of(make_optimizer(config, model), params, [0])
-    # without a gradient, lamb goes as far as the kernel is long
-    share = RATE if name == "lamb" else RATE * 0.5
+    # without a gradient, the update of lamb has the norm of the kernel
+    factor = RATE if name == "lamb" else RATE * 0.5
     values = by_name(params)
     for path, update in by_name(updates).items():
-        expected = -share * values[path] if path.endswith("kernel") else np.zeros_like(values[path])
+        expected = -factor * values[path] if path.endswith("kernel") else np.zeros_like(values[path])
         np.testing.assert_allclose(update, expected, rtol=1e-5, err_msg=path)
 
 
-def test_adaptive_optimizers_take_steps_of_their_own_length(model: dpn_jax.DPN, params: nnx.State) -> None:
+def test_adaptive_optimizers_scale_their_steps(model: dpn_jax.DPN, params: nnx.State) -> None:
     config = {"learning_rate": RATE, "weight_decay": 0.0}
     length = np.linalg.norm(by_name(params)["classifier.kernel"])
     size = by_name(params)["classifier.kernel"].size
@@ -114,7 +114,7 @@ def test_layer_decay_counts_blocks_from_the_classifier(model: dpn_jax.DPN, param
     for prefix, factor in (expected | {"stem": 0.0625}).items():
         found = set.union(*(values for name, values in factors.items() if name.startswith(prefix + ".")))
         assert found == {np.float32(factor)}, prefix
-    assert distance(("stem", "conv", "kernel"), (3, 4, 20, 3)) == 31
+    assert layer_distance(("stem", "conv", "kernel"), (3, 4, 20, 3)) == 31
 
 
 def test_frozen_parameters_have_no_update_and_no_moments(model: dpn_jax.DPN, params: nnx.State) -> None:

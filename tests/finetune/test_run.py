@@ -16,8 +16,8 @@ from PIL import Image
 
 import dpn_jax
 from dpn_jax.finetune import Checkpoints, FinetuneConfig, Finetuned, RunError, finetune, initial_model, read_metrics
-from dpn_jax.finetune import loop as training_module
-from dpn_jax.finetune.loop import Plan
+from dpn_jax.finetune import loop as loop_module
+from dpn_jax.finetune.loop import StepCounts
 from dpn_jax.finetune.metrics import quality
 from dpn_jax.finetune.report import METRICS, Log
 from tests.support.finetune_runs import COLORS, contents, write_images, write_weights
@@ -32,7 +32,7 @@ CONFIG = FinetuneConfig(
 def a_line_an_epoch() -> Iterator[None]:
     """So that a run can be stopped between two lines of its log."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_module, "_LOGS_PER_EPOCH", 1)
+        patch.setattr(loop_module, "_LOGS_PER_EPOCH", 1)
         yield
 
 
@@ -58,7 +58,7 @@ def copy(finished: Finetuned, tmp_path: Path) -> Path:
     return shutil.copytree(finished.output, tmp_path / "copy")
 
 
-def test_a_run_learns_and_leaves_what_it_promises(finished: Finetuned) -> None:
+def test_a_run_learns_and_writes_its_files(finished: Finetuned) -> None:
     assert (finished.step, finished.steps) == (9, 9)
     names = {path.name for path in finished.output.iterdir()}
     assert names == {"config.json", "checkpoints", "metrics.jsonl", "tensorboard", "model.safetensors", "curves.png"}
@@ -80,7 +80,7 @@ def test_metrics_have_a_line_for_each_log_and_validation(finished: Finetuned) ->
     assert finished.best == max((row for row in rows if row["split"] == "val"), key=quality)
 
 
-def test_the_record_says_what_the_run_was_begun_with(finished: Finetuned) -> None:
+def test_the_record_has_everything_the_run_depends_on(finished: Finetuned) -> None:
     record = json.loads((finished.output / "config.json").read_text())
     assert record["config"]["learning_rate"] == 0.05
     assert record["class_names"] == list(COLORS)
@@ -128,7 +128,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     finetune(images, copy, CONFIG, source=weights, resume=True, note=notes.append)
     assert "9: the checkpoint" in caplog.text
     assert "trying the one before" in caplog.text
-    assert f"going on from step {before}" in notes
+    assert f"resuming from step {before}" in notes
     assert contents(copy) == contents(finished.output)
     assert (copy / "checkpoints" / "damaged-9").is_dir()
 
@@ -142,7 +142,7 @@ def damage(checkpoint: Path) -> None:
 
 
 def test_no_run_is_overwritten(finished: Finetuned, images: Path, weights: Path) -> None:
-    with pytest.raises(RunError, match=r"finished: exists already; go on with it by --resume"):
+    with pytest.raises(RunError, match=r"finished: already exists; continue it with --resume"):
         finetune(images, finished.output, CONFIG, source=weights)
 
 
@@ -152,18 +152,20 @@ def test_only_a_run_is_resumed(images: Path, weights: Path, tmp_path: Path) -> N
     assert not (tmp_path / "none").exists()
 
 
-def test_a_run_is_resumed_with_its_own_choices_only(finished: Finetuned, images: Path, weights: Path) -> None:
+def test_a_run_is_resumed_with_the_same_options_only(finished: Finetuned, images: Path, weights: Path) -> None:
     other = dataclasses.replace(CONFIG, learning_rate=0.1, batch_size=4)
-    with pytest.raises(RunError, match=r"another batch_size, learning_rate \(batch_size was 8, now 4; learning_rate"):
+    with pytest.raises(
+        RunError, match=r": different batch_size, learning_rate \(batch_size was 8, now 4; learning_rate"
+    ):
         finetune(images, finished.output, other, source=weights, resume=True)
 
 
-def test_a_run_is_resumed_with_its_own_images_only(
+def test_a_run_is_resumed_with_the_same_images_only(
     finished: Finetuned, images: Path, weights: Path, tmp_path: Path
 ) -> None:
     changed = shutil.copytree(images, tmp_path / "changed")
     shutil.copy(changed / "red" / "0.png", changed / "red" / "new.png")
-    with pytest.raises(RunError, match=r"cannot be resumed with another images"):
+    with pytest.raises(RunError, match=r"cannot be resumed: different images"):
         finetune(changed, finished.output, CONFIG, source=weights, resume=True)
 
 
@@ -177,7 +179,7 @@ def test_the_best_checkpoint_is_kept_and_exported(
         score = next(scores)  # None: interrupted
         return score and {"loss": score[1], "accuracy": score[0], "accuracy5": 1.0}
 
-    monkeypatch.setattr(training_module, "validate", scripted)
+    monkeypatch.setattr(loop_module, "validate", scripted)
     config = dataclasses.replace(CONFIG, epochs=5, batch_size=24, ema_decay=None, keep=1)
     notes: list[str] = []
     run = finetune(images, tmp_path / "run", config, source=weights)
@@ -201,25 +203,25 @@ def test_a_signal_stops_where_it_can_be_resumed(
     finished: Finetuned, images: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "run"
-    step_once = training_module.train_step
+    step_once = loop_module.train_step
 
-    def signalled(state: object, batch: object) -> object:
+    def signaled(state: object, batch: object) -> object:
         if int(state.step) == 3:  # in the second epoch, in the middle of nothing
             signal.raise_signal(signal.SIGTERM)
         return step_once(state, batch)
 
-    monkeypatch.setattr(training_module, "train_step", signalled)
+    monkeypatch.setattr(loop_module, "train_step", signaled)
     run = finetune(images, output, CONFIG, source=weights)
     assert (run.weights, run.step) == (None, 4)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     monkeypatch.undo()
-    validate = training_module.validate
+    validate = loop_module.validate
 
     def interrupted(*arguments: object, **options: object) -> object:
         signal.raise_signal(signal.SIGINT)
         return validate(*arguments, **options)
 
-    monkeypatch.setattr(training_module, "validate", interrupted)
+    monkeypatch.setattr(loop_module, "validate", interrupted)
     run = finetune(images, output, CONFIG, source=weights, resume=True)
     assert (run.weights, run.step) == (None, 6)
     monkeypatch.undo()
@@ -228,7 +230,7 @@ def test_a_signal_stops_where_it_can_be_resumed(
 
 
 @pytest.mark.slow
-def test_broken_images_are_named_or_left_out_and_listed(images: Path, weights: Path, tmp_path: Path) -> None:
+def test_broken_images_are_named_or_skipped_and_listed(images: Path, weights: Path, tmp_path: Path) -> None:
     changed = shutil.copytree(images, tmp_path / "changed")
     (changed / "red" / "3.png").write_bytes(b"no image")
     config = dataclasses.replace(CONFIG, epochs=1, batch_size=4)
@@ -239,7 +241,9 @@ def test_broken_images_are_named_or_left_out_and_listed(images: Path, weights: P
     run = finetune(changed, tmp_path / "run", config, source=weights, note=notes.append)
     assert any(note.startswith("1 images cannot be read") for note in notes)
     assert json.loads((run.output / "config.json").read_text())["images"]["broken"].keys() == {"red/3.png"}
-    (changed / "red" / "3.png").write_bytes((changed / "red" / "4.png").read_bytes())  # mended meanwhile: still out
+    (changed / "red" / "3.png").write_bytes(
+        (changed / "red" / "4.png").read_bytes()
+    )  # repaired meanwhile: still skipped
     finetune(changed, run.output, config, source=weights, resume=True)
 
 
@@ -255,7 +259,7 @@ def test_initial_model_keeps_the_classifier_of_the_same_classes_only(finished: F
 
 
 @pytest.mark.slow
-def test_initial_model_draws_weights_for_an_architecture_and_says_so() -> None:
+def test_initial_model_has_random_weights_for_an_architecture_and_says_so() -> None:
     notes: list[str] = []
     config = dataclasses.replace(CONFIG, seed=3, image_size=48)
     model = initial_model(TINY, config, ("a", "b"), note=notes.append)
@@ -266,13 +270,13 @@ def test_initial_model_draws_weights_for_an_architecture_and_says_so() -> None:
     assert model.provenance.preprocessing.image_size == 48
 
 
-def test_plan_counts_checkpoints_in_updates() -> None:
-    plan = Plan.of(FinetuneConfig(epochs=3, checkpoint_every=5, accumulate=2), per_epoch=100)
-    assert (plan.total, plan.save_every, plan.log_every) == (300, 10, 50)
-    assert [plan.ends_epoch(step) for step in (0, 99, 100, 101)] == [False, False, True, False]
+def test_checkpoints_are_counted_in_updates() -> None:
+    steps = StepCounts.of(FinetuneConfig(epochs=3, checkpoint_every=5, accumulate=2), per_epoch=100)
+    assert (steps.total, steps.save_every, steps.log_every) == (300, 10, 50)
+    assert [steps.ends_epoch(step) for step in (0, 99, 100, 101)] == [False, False, True, False]
 
 
-def test_log_is_cut_back_to_where_a_run_goes_on(tmp_path: Path) -> None:
+def test_log_is_cut_back_to_where_a_run_resumes(tmp_path: Path) -> None:
     log = Log(tmp_path, step=0)
     for step in range(1, 5):
         log.write({"split": "train", "step": step, "loss": 1 / 3})

@@ -1,4 +1,4 @@
-"""The training step: what it changes, what it leaves, and that many devices make no difference."""
+"""The training step: what it changes and what not, on one device and on many."""
 
 import dataclasses
 import functools
@@ -111,7 +111,7 @@ def test_what_is_frozen_stays_to_the_bit(freeze: str, norms: str) -> None:
             assert (value.tobytes() != statistics[name].tobytes()) == (name.rpartition(".")[0] not in frozen), name
 
 
-def test_state_is_used_up_and_the_model_is_not(
+def test_state_is_donated_and_the_model_is_not(
     model: dpn_jax.DPN, begin: Callable[[FinetuneConfig], TrainState]
 ) -> None:
     before = arrays(nnx.as_pure(nnx.state(model)))
@@ -281,18 +281,18 @@ def test_misfits_are_named(model: dpn_jax.DPN) -> None:
 
 
 @pytest.mark.parametrize("alphas", [(0.4, 0.0), (0.0, 1.0), (0.4, 1.0)])
-def test_mixed_labels_are_shares_of_the_pixels(alphas: tuple[float, float]) -> None:
+def test_mixed_labels_are_fractions_of_the_pixels(alphas: tuple[float, float]) -> None:
     size = 5
     images = jnp.broadcast_to(jnp.eye(size)[:, None, None], (size, 12, 17, size))  # each image in its own channel
     mixed = jax.jit(lambda key: mix(key, images, jnp.eye(size), mixup=alphas[0], cutmix=alphas[1]))
-    shares, cuts = [], 0
+    ratios, cuts = [], 0
     for seed in range(60):
         got, targets = mixed(jax.random.key(seed))
         np.testing.assert_allclose(got.mean(axis=(1, 2)), targets, atol=1e-6)
         np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-6)
         kept = np.asarray(got[0, :, :, 0])
         np.testing.assert_allclose(got[0, :, :, 4], 1 - kept, atol=1e-6)
-        shares.append(float(targets[0, 0]))
+        ratios.append(float(targets[0, 0]))
         if set(np.unique(kept)) <= {0, 1} and 0 < kept.mean() < 1:
             cuts += 1
             rows, columns = np.nonzero(kept == 0)
@@ -301,8 +301,8 @@ def test_mixed_labels_are_shares_of_the_pixels(alphas: tuple[float, float]) -> N
             assert kept.min() == kept.max()  # a cut of nothing, or of everything
         else:
             assert np.ptp(kept) == 0
-    assert len(set(shares)) > 30 and min(shares) >= 0 and max(shares) <= 1
-    assert 0.3 < np.mean(shares) < 0.75
+    assert len(set(ratios)) > 30 and min(ratios) >= 0 and max(ratios) <= 1
+    assert 0.3 < np.mean(ratios) < 0.75
     low, high = {(0.4, 0.0): (0, 0), (0.0, 1.0): (45, 60), (0.4, 1.0): (15, 45)}[alphas]
     assert low <= cuts <= high
 
@@ -365,7 +365,7 @@ def test_many_devices_and_processes_are_one_device(tmp_path: Path, processes: in
     for output in outputs:
         with np.load(output) as saved:
             seen = dict(saved)
-            # those in a call are in no order with the others: a step of DPN-68 at 224 pixels then waits for ever
+            # those of a called computation are not ordered with the others: a step of DPN-68 at 224 pixels hangs
             main, called = seen.pop("collectives")
             assert main > 20 and called == 0
             compare(seen, processes * devices)

@@ -16,7 +16,7 @@ import torch
 import dpn_jax
 from dpn_jax.checkpoint.names import table, to_flax
 from dpn_jax.finetune import FinetuneConfig, TrainState, make_optimizer, train_step
-from dpn_jax.finetune.parameters import decayed, distance, path_of
+from dpn_jax.finetune.parameters import decayed, layer_distance, path_of
 from tests.support.timm_models import nchw, random_images, randomize, randomized, save_timm, timm_dpn
 
 BOUND = 1e-6
@@ -90,7 +90,7 @@ def test_groups_are_timms(timm: ModuleType) -> None:
     groups = param_groups_layer_decay(theirs, weight_decay=0.05, layer_decay=0.5)
     config = dpn_jax.pretrained.get_config("dpn68b").replace(num_classes=CLASSES)
     params = nnx.as_pure(nnx.state(dpn_jax.DPN(config, rngs=None), nnx.Param))
-    distances = jax.tree.map_with_path(lambda path, _: distance(path_of(path), config.depths), params)
+    distances = jax.tree.map_with_path(lambda path, _: layer_distance(path_of(path), config.depths), params)
     ours = {dotted(path): 0.5**value for path, value in jax.tree.leaves_with_path(distances)}
     decays = {dotted(path): value for path, value in jax.tree.leaves_with_path(decayed(params))}
 

@@ -1,4 +1,4 @@
-"""A short training, to be run on several devices or by several processes: `python -m tests.support.data_parallel`."""
+"""A short training on several devices or in several processes: `python -m tests.support.data_parallel`."""
 
 import re
 import sys
@@ -32,7 +32,7 @@ def train(mesh: Mesh | None = None, *, index: int = 0, count: int = 1) -> dict[s
 
     Args:
       mesh: the devices; None for one, without a mesh.
-      index, count: which process this is, of how many.
+      index, count: index of this process and number of processes.
 
     Returns:
       Every array of the state, and the metrics.
@@ -40,11 +40,11 @@ def train(mesh: Mesh | None = None, *, index: int = 0, count: int = 1) -> dict[s
     state = _start() if mesh is None else replicate(_start(), mesh)
     seen = {}
     for number in range(3):
-        part = _part(number, index, count)
-        state, metrics = train_step(state, part if mesh is None else shard_batch(part, mesh))
+        batch = _process_batch(number, index, count)
+        state, metrics = train_step(state, batch if mesh is None else shard_batch(batch, mesh))
         seen |= {f"{name}.{number}": value for name, value in metrics.items()}
-    part["weight"] = _share(np.arange(BATCH) < BATCH - 3, index, count).astype(np.float32)
-    seen |= eval_step(state, part if mesh is None else shard_batch(part, mesh), ema=True)
+    batch["weight"] = _slice(np.arange(BATCH) < BATCH - 3, index, count).astype(np.float32)
+    seen |= eval_step(state, batch if mesh is None else shard_batch(batch, mesh), ema=True)
     seen |= {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
     seen["logits"] = state.model()(np.ones((2, 32, 32, 3), np.float32))
     if mesh is not None:
@@ -53,8 +53,8 @@ def train(mesh: Mesh | None = None, *, index: int = 0, count: int = 1) -> dict[s
 
 
 def collectives(mesh: Mesh) -> tuple[int, int]:
-    """How many collectives a compiled step has in its main computation, and how many in computations that it calls."""
-    batch = shard_batch(_part(0, 0, jax.process_count()), mesh)
+    """Number of collectives in the main computation of a compiled step, and in the computations that it calls."""
+    batch = shard_batch(_process_batch(0, 0, jax.process_count()), mesh)
     text = jax.jit(train_step).lower(replicate(_start(), mesh), batch).compile().as_text()
     called, main = text.split("\nENTRY ")
     counts = [len(re.findall(r" (?:all|reduce|collective)-[a-z-]+\(", part)) for part in (main, called)]
@@ -66,19 +66,19 @@ def _start() -> TrainState:
     return TrainState.create(model, make_optimizer(CONFIG, model, steps=4), CONFIG)
 
 
-def _part(number: int, index: int, count: int) -> dict[str, np.ndarray]:
+def _process_batch(number: int, index: int, count: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(number)
     images = rng.integers(0, 256, (BATCH, 32, 32, 3), dtype=np.uint8)
     labels = rng.integers(0, TINY.num_classes, BATCH, dtype=np.int32)
-    return {"image": _share(images, index, count), "label": _share(labels, index, count)}
+    return {"image": _slice(images, index, count), "label": _slice(labels, index, count)}
 
 
-def _share(values: np.ndarray, index: int, count: int) -> np.ndarray:
+def _slice(values: np.ndarray, index: int, count: int) -> np.ndarray:
     return np.split(values, count)[index]
 
 
 def main(output: Path, index: int, count: int, coordinator: str) -> None:
-    """One of `count` processes; `output` gets what it saw."""
+    """Runs one of `count` processes; writes its results to `output`."""
     if count > 1:
         jax.distributed.initialize(coordinator, num_processes=count, process_id=index)
     mesh = data_mesh()

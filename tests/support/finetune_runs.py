@@ -19,7 +19,7 @@ COLORS = ("blue", "green", "red")
 
 
 def write_images(folder: Path, count: int = 10) -> Path:
-    """Class folders of noise with a tinge, which a small network learns in a few steps."""
+    """Class folders of tinted noise, which a small network learns in a few steps."""
     generator = np.random.default_rng(0)
     for channel, name in enumerate(reversed(COLORS)):
         (folder / name).mkdir(parents=True)
@@ -39,10 +39,10 @@ def write_weights(path: Path) -> Path:
 
 
 class Runs:
-    """Runs the real `dpn-jax finetune` in processes of its own, on the same images from the same weights.
+    """Runs the real `dpn-jax finetune` in new processes, on the same images from the same weights.
 
     Args:
-      folder: for the images, the weights, the runs, and what JAX has compiled.
+      folder: holds the images, the weights and JAX's compilation cache.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,7 +52,7 @@ class Runs:
         self.environment = os.environ | cache
 
     def words(self, output: Path, *options: object) -> list[str]:
-        """The command's words: 3 epochs of 4 batches, a checkpoint after each of them."""
+        """The arguments of the command: 3 epochs of 4 batches, a checkpoint after each of them."""
         start = ["finetune", self.images, "--weights", self.weights, "--output", output]
         choices = ["--epochs", 3, "--batch-size", 6, "--workers", 0, "--checkpoint-every", 1]
         augmentation = ["--mixup", 0.2, "--drop-rate", 0.1, "--ema-decay", 0.9, "--learning-rate", 0.02]
@@ -69,18 +69,18 @@ class Runs:
         )
 
     def run(self, output: Path, *options: object) -> tuple[int, str, str]:
-        """Runs the command to its end: exit code, output, complaint."""
+        """Runs the command to its end: exit code, stdout, stderr."""
         return finish(self.start(output, *options))
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Waits for the command: exit code, output, complaint."""
+    """Waits for the command: exit code, stdout, stderr."""
     out, err = process.communicate(timeout=400)
     return process.returncode, out, err
 
 
 def wait_for(happened: Callable[[], object], process: subprocess.Popen[str], *, every: float = 0.01) -> bool:
-    """Waits until something happened; False where the process ended before."""
+    """Waits until `happened()`; False if the process ended before."""
     while not happened():
         if process.poll() is not None:
             return False
@@ -89,5 +89,5 @@ def wait_for(happened: Callable[[], object], process: subprocess.Popen[str], *, 
 
 
 def contents(output: Path) -> dict[str, bytes]:
-    """What of a run must not depend on how often it was interrupted."""
+    """The files of a run that must not depend on how often it was interrupted."""
     return {name: (output / name).read_bytes() for name in ("metrics.jsonl", "model.safetensors")}
