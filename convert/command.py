@@ -12,7 +12,7 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
 
     Args:
       main: the typed function; its docstring is the help text.
-      arguments: the words of the command line; those of this process when left out.
+      arguments: the words of the command line; defaults to this process's.
 
     Returns:
       The exit code, as `dpn_jax.cli.main.main`.

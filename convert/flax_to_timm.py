@@ -12,7 +12,7 @@ import tyro
 
 from convert.command import run
 from convert.timm_import import create_timm_model
-from dpn_jax.checkpoint.load import convert
+from dpn_jax.checkpoint.save import convert
 from dpn_jax.errors import CheckpointError
 
 
@@ -29,7 +29,7 @@ def main(
       source: what dpn_jax.save or convert.timm_to_flax wrote.
       destination: the file to write: .safetensors, .pth or .bin.
       force: overwrite an existing destination.
-      allow_nonfinite: take NaN, infinity and negative running variances.
+      allow_nonfinite: accept NaN, infinity and negative running variances.
     """
     import safetensors.torch
     import torch

@@ -13,7 +13,7 @@ import tyro
 
 from convert.command import run
 from convert.timm_import import import_timm
-from dpn_jax.checkpoint.load import convert
+from dpn_jax.checkpoint.save import convert
 
 
 def main(
@@ -30,16 +30,16 @@ def main(
     Args:
       source: a file (.safetensors, .pth, .bin), a tag, a hub id, or timm:NAME to ask timm.
       destination: the .safetensors file to write.
-      model: the variant, when it should not be recognized from the file.
+      model: the variant; defaults to the one recognized from the file.
       force: overwrite an existing destination.
-      allow_nonfinite: take NaN, infinity and negative running variances.
+      allow_nonfinite: accept NaN, infinity and negative running variances.
       untrained: with timm:NAME, timm's random initial weights, to try things out where there is no network.
     """
     with tempfile.TemporaryDirectory() as folder:
         if source.startswith("timm:"):
             source = _ask_timm(source.removeprefix("timm:"), Path(folder), pretrained=not untrained)
         read = convert(source, destination, to="flax", model=model, overwrite=force, allow_nonfinite=allow_nonfinite)
-    print(f"{destination}: {len(read.file)} tensors; check it with: python -m convert.verify {destination}")
+    print(f"{destination}: {len(read.tensors)} tensors; check it with: python -m convert.verify {destination}")
 
 
 def _ask_timm(name: str, folder: Path, *, pretrained: bool) -> Path:

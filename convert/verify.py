@@ -18,7 +18,8 @@ from flax import nnx
 import dpn_jax
 from convert.command import run
 from convert.timm_import import create_timm_model
-from dpn_jax.checkpoint.load import convert, open_checkpoint
+from dpn_jax.checkpoint.open import open_checkpoint
+from dpn_jax.checkpoint.save import convert
 from dpn_jax.config import variant_of
 from dpn_jax.images.transform import Transform
 from dpn_jax.pretrained import default_preprocessing
@@ -54,7 +55,7 @@ def compare(checkpoint: str | Path, images: np.ndarray, dtype: str, *, model: st
       checkpoint: timm's file or ours, a tag or a hub id.
       images: `[B, H, W, C]`, normalized.
       dtype: 'float32' or 'float64', of weights and arithmetic.
-      model: the variant, when it should not be recognized from the file.
+      model: the variant; defaults to the one recognized from the file.
 
     Returns:
       The stem, each stage, the features, the pooled features, the logits and the five best classes.
@@ -121,8 +122,8 @@ def main(
     Args:
       checkpoint: timm's file or ours, a tag or a hub id.
       photos: what to run on; a batch of two noise images where none is given.
-      model: the variant, when it should not be recognized from the file.
-      size: side of the images, pixels; the weights' own when left out.
+      model: the variant; defaults to the one recognized from the file.
+      size: side of the images, pixels; defaults to the weights' own.
       seed: of the noise.
     """
     opened = open_checkpoint(Path(checkpoint) if Path(checkpoint).exists() else checkpoint, model=model)

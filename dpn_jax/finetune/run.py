@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from dpn_jax.checkpoint.load import save
+from dpn_jax.checkpoint.save import save
 from dpn_jax.config import DPNConfig
 from dpn_jax.errors import RunError, reason
 from dpn_jax.finetune.config import FinetuneConfig

@@ -11,7 +11,7 @@ import torch
 from flax import nnx
 
 import dpn_jax
-from dpn_jax.checkpoint.names import table, to_flax
+from dpn_jax.checkpoint.names import name_table, to_flax
 from tests.parity import reference
 
 RATE = 0.05
@@ -59,7 +59,7 @@ def test_three_sgd_steps_equal_timm(
     ours = dpn_jax.load(path, dtype="float64", param_dtype="float64", remat=remat)
     ours.train() if norms == "train" else ours.eval()
     optimizer = torch.optim.SGD(theirs.parameters(), lr=RATE)
-    entries = {entry.timm: entry for entry in table(ours.config)}
+    entries = {entry.timm: entry for entry in name_table(ours.config)}
     labels = np.array([3, 1, 9, 3])
 
     for number in range(3):
