@@ -124,7 +124,8 @@ def load(path: str | Path, *, into: nnx.Module | None = None, **options: object)
         return from_pretrained(Path(path), **options)
     allow_nonfinite = bool(options.pop("allow_nonfinite", False))
     if options:
-        raise ValueError(f"into= restores a model as it was made: {', '.join(options)}= cannot be given with it")
+        given = ", ".join(f"{name}=" for name in options)
+        raise ValueError(f"into= restores a model as it was made; {given} cannot be given with it")
     if not isinstance(into, nnx.Module):
         raise ValueError(f"into= must be a model, got {into!r}")
     checkpoint = open_checkpoint(Path(path))
@@ -146,10 +147,12 @@ def saved_values(model: nnx.Module) -> dict[tuple[str | int, ...], jax.Array]:
     Raises:
       ValueError: a value is no array; the message names it.
     """
-    values = dict(nnx.to_flat_state(nnx.as_pure(nnx.state(model, nnx.Not(nnx.RngState)))))
-    for path, value in values.items():
-        if not hasattr(value, "dtype"):
-            raise ValueError(f"{dotted(path)} is a {type(value).__name__}, which a file cannot hold; make it an array")
+    values = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState))):
+        values[path] = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        if not hasattr(values[path], "dtype"):
+            kind = type(values[path]).__name__
+            raise ValueError(f"{dotted(path)} is a {kind}, which a file cannot hold; make it an array")
     return values
 
 
