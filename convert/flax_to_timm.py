@@ -13,7 +13,7 @@ import tyro
 
 from convert.command import run
 from convert.timm_import import create_timm_model
-from dpn_jax.checkpoint.load import convert
+from dpn_jax.checkpoint.save import convert
 from dpn_jax.cli.options import option
 from dpn_jax.errors import CheckpointError, shown
 

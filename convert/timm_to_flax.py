@@ -14,7 +14,7 @@ import tyro
 
 from convert.command import run
 from convert.timm_import import import_timm
-from dpn_jax.checkpoint.load import convert
+from dpn_jax.checkpoint.save import convert
 from dpn_jax.cli.options import option
 from dpn_jax.errors import shown
 
@@ -42,7 +42,7 @@ def main(
         if source.startswith("timm:"):
             source = _save_from_timm(source.removeprefix("timm:"), Path(folder), pretrained=not untrained)
         read = convert(source, destination, to="flax", model=model, overwrite=force, allow_nonfinite=allow_nonfinite)
-    print(f"{shown(destination)}: {len(read.file)} tensors; check it with: python -m convert.verify {destination}")
+    print(f"{shown(destination)}: {len(read.tensors)} tensors; check it with: python -m convert.verify {destination}")
 
 
 def _save_from_timm(name: str, folder: Path, *, pretrained: bool) -> Path:

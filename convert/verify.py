@@ -19,7 +19,8 @@ from flax import nnx
 import dpn_jax
 from convert.command import run
 from convert.timm_import import create_timm_model
-from dpn_jax.checkpoint.load import convert, open_checkpoint
+from dpn_jax.checkpoint.open import open_checkpoint
+from dpn_jax.checkpoint.save import convert
 from dpn_jax.cli.options import option
 from dpn_jax.config import variant_of
 from dpn_jax.images.transform import Transform

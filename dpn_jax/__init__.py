@@ -2,7 +2,7 @@
 
 from dpn_jax.checkpoint.load import from_pretrained as from_pretrained
 from dpn_jax.checkpoint.load import load as load
-from dpn_jax.checkpoint.load import save as save
+from dpn_jax.checkpoint.save import save as save
 from dpn_jax.config import DPNConfig as DPNConfig
 from dpn_jax.config import list_models as list_models
 from dpn_jax.errors import CheckpointError as CheckpointError

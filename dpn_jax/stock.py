@@ -5,6 +5,7 @@ refused in one line and never silently wrong.
 """
 
 import functools
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -124,7 +125,7 @@ def _equal(one: object, other: object) -> bool:
 def _worded(value: object) -> str:
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], type):
         return f"a {value[0].__name__} {list(value[1])}"
-    return getattr(value, "__qualname__", None) or repr(value)[:60]
+    return getattr(value, "__qualname__", None) or " ".join(re.sub(r" at 0x\w+", "", repr(value)).split())[:60]
 
 
 def _within(path: str, others: Iterable[str]) -> bool:

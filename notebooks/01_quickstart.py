@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 import dpn_jax
-from dpn_jax.checkpoint.load import convert
+from dpn_jax.checkpoint.save import convert
 
 ONLINE = False
 TAG = "dpn68b.ra_in1k"

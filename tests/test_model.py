@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 import dpn_jax
-from dpn_jax.checkpoint.names import table
+from dpn_jax.checkpoint.names import name_table
 from dpn_jax.model import DualPath
 from tests.support.models import TINY
 
@@ -32,7 +32,7 @@ def images() -> jax.Array:
 def test_variants_have_the_right_shapes_without_allocating(name: str) -> None:
     model = nnx.eval_shape(lambda: dpn_jax.create_model(name, num_classes=7, in_channels=4, rngs=nnx.Rngs(0)))
     shapes = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model))}
-    assert shapes == {entry.flax: entry.flax_shape for entry in table(model.config)}
+    assert shapes == {entry.flax: entry.flax_shape for entry in name_table(model.config)}
     model.eval()
     structure, state = nnx.split(model)
     images = jax.ShapeDtypeStruct((2, 97, 64, 4), jnp.float32)

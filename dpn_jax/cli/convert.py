@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dpn_jax.checkpoint.load import convert
+from dpn_jax.checkpoint.save import convert
 from dpn_jax.cli.options import Dtype, option
 from dpn_jax.cli.output import DONE
 from dpn_jax.config import variant_of
@@ -49,5 +49,5 @@ class Convert:
         layout = self.to or ("flax" if read.is_timm else "timm")
         variant = variant_of(read.config) or "a custom DPN"
         size = Path(self.destination).stat().st_size
-        print(f"{shown(self.destination)}: {variant}, {len(read.file)} tensors in {layout} layout, {size:,} bytes")
+        print(f"{shown(self.destination)}: {variant}, {len(read.tensors)} tensors in {layout} layout, {size:,} bytes")
         return DONE

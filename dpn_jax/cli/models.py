@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from dpn_jax.checkpoint.names import table
+from dpn_jax.checkpoint.names import name_table
 from dpn_jax.cli.output import DONE, Format, describe, print_rows, text_table
 from dpn_jax.config import VARIANTS
 from dpn_jax.pretrained import PRETRAINED, default_preprocessing
@@ -31,7 +31,7 @@ class Models:
             config = tag.config if tag else VARIANTS[variant]
             settings = tag.preprocessing if tag else default_preprocessing(config)
             size = {
-                "parameters": sum(math.prod(entry.timm_shape) for entry in table(config) if entry.is_parameter),
+                "parameters": sum(math.prod(entry.timm_shape) for entry in name_table(config) if entry.is_parameter),
                 "gmacs": round(config.multiply_adds(settings.image_size, settings.image_size) / 1e9, 3),
             }
             accuracy = {key: getattr(tag, key) if tag else None for key in ("top1", "top5", "data")}

@@ -61,7 +61,7 @@ def test_verify_notices_a_wrong_port(
         kernel = right(entry, array)
         return kernel[::-1] if "grouped" in entry.flax and entry.is_kernel else kernel
 
-    monkeypatch.setattr("dpn_jax.checkpoint.load.to_flax", flipped)
+    monkeypatch.setattr("dpn_jax.checkpoint.open.to_flax", flipped)
     monkeypatch.setattr(verify, "convert", _copy_instead)
     assert run(verify.main, [str(tiny_timm_file), "--size", "64"]) == 1
     assert "NOT EQUAL to timm" in capfd.readouterr().out

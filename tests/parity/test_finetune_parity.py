@@ -14,7 +14,7 @@ pytest.importorskip("tests.support.timm_models")
 import torch
 
 import dpn_jax
-from dpn_jax.checkpoint.names import table, to_flax
+from dpn_jax.checkpoint.names import name_table, to_flax
 from dpn_jax.finetune import FinetuneConfig, TrainState, make_optimizer, train_step
 from dpn_jax.finetune.parameters import decayed, layer_distance, path_of
 from tests.support.timm_models import nchw, random_images, randomize, randomized, save_timm, timm_dpn
@@ -74,7 +74,7 @@ def test_fifty_sgd_steps_have_torchs_losses(
 
     np.testing.assert_allclose(got, expected, rtol=BOUND)
     assert np.ptp(got[::BATCHES]) > 0.02  # the same batch: the parameters have moved
-    entries = {entry.timm: entry for entry in table(ours.config)}
+    entries = {entry.timm: entry for entry in name_table(ours.config)}
     leaves = [leaf for tree in state.weights() for leaf in jax.tree.leaves_with_path(tree)]
     trained = {dotted(path): np.asarray(leaf) for path, leaf in leaves}
     for name, value in theirs.state_dict().items():
@@ -95,7 +95,7 @@ def test_groups_are_timms(timm: ModuleType) -> None:
     decays = {dotted(path): value for path, value in jax.tree.leaves_with_path(decayed(params))}
 
     names = {parameter: name for name, parameter in theirs.named_parameters()}
-    flax = {entry.timm: entry.flax for entry in table(config)}
+    flax = {entry.timm: entry.flax for entry in name_table(config)}
     members = [(flax[names[parameter]], group) for group in groups for parameter in group["params"]]
     assert ours == {name: pytest.approx(group["lr_scale"]) for name, group in members}
     assert decays == {name: group["weight_decay"] > 0 for name, group in members}

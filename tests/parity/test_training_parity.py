@@ -13,7 +13,7 @@ pytest.importorskip("tests.support.timm_models")
 import torch
 
 import dpn_jax
-from dpn_jax.checkpoint.names import table, to_flax
+from dpn_jax.checkpoint.names import name_table, to_flax
 from tests.support.timm_models import nchw, random_images, randomized, relative_error, save_timm
 
 RATE = 0.05
@@ -62,7 +62,7 @@ def test_three_sgd_steps_equal_timm(
     expected_steps = int(ours.norm.steps[...]) + (3 if norms == "train" else 0)
     ours.train() if norms == "train" else ours.eval()
     optimizer = torch.optim.SGD(theirs.parameters(), lr=RATE)
-    entries = {entry.timm: entry for entry in table(ours.config)}
+    entries = {entry.timm: entry for entry in name_table(ours.config)}
     labels = np.array([3, 1, 9, 3])
 
     for number in range(3):
