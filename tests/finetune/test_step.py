@@ -48,7 +48,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def model() -> dpn_jax.DPN:
     """A tiny model; do not change it."""
-    return randomize(dpn_jax.DPN(TINY, rngs=None))
+    model = randomize(dpn_jax.DPN(TINY, rngs=None))
+    model.train()
+    return model
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def randomize(model: DPN) -> DPN:
 
     def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name == "kernel":
-            return rng.normal(0, np.sqrt(2 / np.prod(shape[:-1])), shape)
+            return rng.normal(0, 1 / np.sqrt(np.prod(shape[:-1])), shape)
         if name == "steps":
             return np.full(shape, 3)
         return rng.uniform(0.5, 2, shape) if name in ("scale", "var") else rng.normal(0, 0.3, shape)
