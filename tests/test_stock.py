@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -160,3 +161,52 @@ class Pooling(NormAct):
 
     def __call__(self, x: Any) -> Any:
         return jax.tree.map(lambda part: part[:, 1:], super().__call__(x))
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_the_plain_form_gives_the_models_own_numbers(name: str, tmp_path: Path) -> None:
+    model = changed_model(name)
+    model.provenance = model.provenance._replace(preprocessing=dpn_jax.Preprocessing(image_size=32))
+    expected = np.asarray(nnx.jit(lambda model, images: model(images))(model, IMAGES))
+    for call in (dpn_jax.Classifier, lambda model: dpn_jax.export_model(model, tmp_path / "m", platforms=["cpu"])):
+        with pytest.raises(ValueError, match=r"needs a stock DPN, but .*fast=False"):
+            call(model)
+    classifier = dpn_jax.Classifier(model, fast=False)
+    np.testing.assert_allclose(classifier.logits(IMAGES), expected, rtol=1e-5, atol=1e-6)
+    best = classifier(np.zeros((40, 50, 3), np.uint8), top_k=1)[0]
+    assert best.probability >= 1 / TINY.num_classes
+    exported = dpn_jax.export_model(model, tmp_path / "plain", platforms=["cpu"], fast=False)
+    np.testing.assert_allclose(exported.call(IMAGES), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["squeeze-excite between", "norm"])
+def test_training_in_the_plain_form_is_the_models_own(name: str) -> None:
+    """Three steps of SGD without anything random, against the same written with `nnx` alone."""
+    model = changed_model(name)
+    config = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "learning_rate": 0.01, "label_smoothing": 0.0}
+    labels = np.array([3, 1])
+    finetune = pytest.importorskip("dpn_jax.finetune")
+    optax = pytest.importorskip("optax")
+    with pytest.raises(ValueError, match=r"needs a stock DPN, but .*FinetuneConfig\(fast=False\)"):
+        finetune.TrainState.create(
+            model, finetune.make_optimizer(finetune.FinetuneConfig(**config), model), finetune.FinetuneConfig(**config)
+        )
+    config = finetune.FinetuneConfig(**config, fast=False)
+    state = finetune.TrainState.create(model, finetune.make_optimizer(config, model), config)
+    expected = nnx.merge(*nnx.split(model))
+    expected.train()
+
+    @nnx.jit
+    def step(model: nnx.Module, images: jax.Array) -> None:
+        def loss(model: nnx.Module) -> jax.Array:
+            return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
+
+        gradients = nnx.grad(loss)(model)
+        nnx.update(model, jax.tree.map(lambda p, g: p - 0.01 * g, nnx.state(model, nnx.Param), gradients))
+
+    for _ in range(3):
+        state, _ = finetune.train_step(state, {"image": IMAGES, "label": labels})
+        step(expected, IMAGES)
+    expected.eval()
+    np.testing.assert_allclose(state.model()(IMAGES), expected(IMAGES), rtol=1e-4, atol=1e-5)

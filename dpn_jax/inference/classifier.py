@@ -14,7 +14,7 @@ import numpy as np
 
 from dpn_jax.checkpoint.load import from_pretrained
 from dpn_jax.errors import ImageError
-from dpn_jax.fast.forward import fast_forward
+from dpn_jax.fast.forward import PlainForward, fast_forward
 from dpn_jax.images.labels import imagenet_labels
 from dpn_jax.images.read import ImageSource
 from dpn_jax.images.transform import Transform
@@ -43,20 +43,21 @@ class Classifier:
     """Classifies photos.
 
     Args:
-      model: the model; runs in eval mode, in its fast form. Later changes to it have no effect.
+      model: the model; runs in eval mode. Later changes to it have no effect.
       transform: prepares an image; defaults to that of the weights, or of the architecture's default weights.
       labels: a name for each class; defaults to the model's class names, or ImageNet-1k's.
       batch_size: largest batch. Smaller ones are padded to a power of two, so that only a few sizes are compiled.
       device: where to run; defaults to JAX's default device.
       workers: threads that read and prepare images; defaults to the number of CPU cores.
+      fast: run the backend's fast form; False runs the model as it is, which any changed model needs.
       donate: give the model's arrays away, see `fast_forward`.
 
     Attributes:
       throughput: of the last stream that was read to its end; None if that was too short to measure.
 
     Raises:
-      ValueError: the model has no classifier, its number of channels is not the transform's, or the number of labels
-        is not that of the classes.
+      ValueError: the model has no classifier, its number of channels is not the transform's, the number of labels is
+        not that of the classes, or the model is not stock (see `dpn_jax.stock`) and `fast` is set.
 
     Example:
       >>> import dpn_jax
@@ -76,6 +77,7 @@ class Classifier:
         batch_size: int = 32,
         device: jax.Device | None = None,
         workers: int | None = None,
+        fast: bool = True,
         donate: bool = False,
     ) -> None:
         config, provenance = model.config, model.provenance
@@ -105,7 +107,8 @@ class Classifier:
         self.workers = workers or os.cpu_count()
         self.throughput: Throughput | None = None
         self._device = device
-        self._forward = fast_forward(model, backend=None if device is None else device.platform, donate=donate)
+        backend = None if device is None else device.platform
+        self._forward = fast_forward(model, backend=backend, donate=donate) if fast else PlainForward(model)
         self._forward.params = jax.device_put(self._forward.params, device)
 
     @classmethod
@@ -118,13 +121,14 @@ class Classifier:
         batch_size: int = 32,
         device: jax.Device | None = None,
         workers: int | None = None,
+        fast: bool = True,
         **options: object,
     ) -> "Classifier":
         """Loads pretrained weights into a classifier.
 
         Args:
           source: as for `dpn_jax.from_pretrained`.
-          transform, labels, batch_size, device, workers: as for `Classifier`.
+          transform, labels, batch_size, device, workers, fast: as for `Classifier`.
           options: other keyword arguments of `dpn_jax.from_pretrained`, such as `dtype=jnp.bfloat16`.
 
         Raises:
@@ -138,6 +142,7 @@ class Classifier:
             batch_size=batch_size,
             device=device,
             workers=workers,
+            fast=fast,
             donate=True,
         )
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from dpn_jax.checkpoint.files import write_atomically
 from dpn_jax.errors import ExportError, reason, shown
-from dpn_jax.fast.forward import FastForward
+from dpn_jax.fast.forward import FastForward, PlainForward
 from dpn_jax.fast.grouped import Native
 from dpn_jax.fast.plan import PLANS, Plan
 from dpn_jax.model import DPN
@@ -31,6 +31,7 @@ def export_model(
     platforms: Sequence[Platform] = ("tpu", "cuda", "cpu"),
     batch_size: int | None = None,
     image_size: int | None = None,
+    fast: bool = True,
     overwrite: bool = False,
 ) -> jax.export.Exported:
     """Writes a model's forward pass and its weights into one file.
@@ -47,6 +48,7 @@ def export_model(
       platforms: where the file will run, any of 'tpu', 'cuda', 'rocm' and 'cpu'; none has to be present here.
       batch_size: images per batch; defaults to any number (a symbolic dimension, compiled per size when called).
       image_size: side of the images, pixels; defaults to that of the weights, or of the architecture's default weights.
+      fast: False exports the plain form, the model as it is, which any changed model needs.
       overwrite: replace an existing file.
 
     Returns:
@@ -54,8 +56,8 @@ def export_model(
 
     Raises:
       ExportError: the file exists and `overwrite` is not set, or it cannot be written.
-      ValueError: `platforms` is empty or has an unknown or repeated platform, or `batch_size` or `image_size` is out of
-        range.
+      ValueError: `platforms` is empty or has an unknown or repeated platform, `batch_size` or `image_size` is out of
+        range, or the model is not stock (see `dpn_jax.stock`) and `fast` is set.
 
     Example:
       >>> import dpn_jax, tempfile
@@ -80,7 +82,8 @@ def export_model(
         raise ValueError(f"image_size must be at least 32 pixels, got {image_size}")
     if path.exists() and not overwrite:
         raise ExportError(f"{shown(path)}: exists already; overwrite it with --force (overwrite=True)")
-    forward = FastForward(model, PLANS[BACKENDS[platforms[0]]] if len(platforms) == 1 else PORTABLE)
+    plan = PLANS[BACKENDS[platforms[0]]] if len(platforms) == 1 else PORTABLE
+    forward = FastForward(model, plan) if fast else PlainForward(model)
     (batch,) = jax.export.symbolic_shape("b") if batch_size is None else (batch_size,)
     images = jax.ShapeDtypeStruct((batch, image_size, image_size, model.config.in_channels), jnp.float32)
 
