@@ -1,6 +1,5 @@
 """What is read, by Pillow's rules: sources, modes, frames, orientations. `parity/` compares with timm."""
 
-import importlib.util
 import warnings
 from pathlib import Path
 
@@ -12,7 +11,9 @@ from dpn_jax.images.read import read_image
 from dpn_jax.images.transform import Transform, preprocessing
 from dpn_jax.pretrained import Preprocessing
 
-PHOTOS = Path(importlib.util.find_spec("skimage").origin).parent / "data"
+
+def skimage_photo(name: str) -> Path:
+    return Path(pytest.importorskip("skimage").__file__).parent / "data" / name
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -20,7 +21,7 @@ def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarr
 
 
 def test_sources_agree() -> None:
-    path = PHOTOS / "chelsea.png"
+    path = skimage_photo("chelsea.png")
     transform = preprocessing("dpn92.mx_in1k")
     with Image.open(path) as image:
         array = np.asarray(image)

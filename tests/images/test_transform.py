@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -15,7 +14,9 @@ from dpn_jax.errors import ImageError
 from dpn_jax.images.transform import Transform, preprocessing
 from dpn_jax.pretrained import DPN_MEAN, DPN_STD, PRETRAINED, Preprocessing
 
-PHOTOS = Path(importlib.util.find_spec("skimage").origin).parent / "data"
+
+def skimage_photo(name: str) -> Path:
+    return Path(pytest.importorskip("skimage").__file__).parent / "data" / name
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -130,9 +131,9 @@ def test_gray_transform_reads_one_channel() -> None:
 
 def test_photo_end_to_end() -> None:
     transform = preprocessing("dpn92.mx_in1k")
-    prepared = transform(PHOTOS / "astronaut.png")
+    prepared = transform(skimage_photo("astronaut.png"))
     assert (prepared.shape, prepared.dtype) == ((224, 224, 3), np.float32)
-    photo = np.asarray(Image.open(PHOTOS / "astronaut.png"), np.float64) / 255
+    photo = np.asarray(Image.open(skimage_photo("astronaut.png")), np.float64) / 255
     middle = photo[32:-32, 32:-32].mean((0, 1))  # 512 pixels resized to 256, of which 16 are cropped at each side
     np.testing.assert_allclose(prepared.mean((0, 1)), (middle - DPN_MEAN) / DPN_STD, atol=0.01)
 
