@@ -25,15 +25,15 @@ class Located(NamedTuple):
     source: str
     """The tag, hub id with its commit, or file name: what a reader of a saved model wants to know."""
     variant: str | None = None
-    """The architecture's name, where the source tells it."""
+    """The architecture's name, where the source gives it."""
     preprocessing: Preprocessing | None = None
     class_names: tuple[str, ...] | None = None
     global_pool: str | None = None
-    """The pool, where the weights were trained with another one than the variant's."""
+    """The pool that the weights were trained with, where the source gives it."""
 
 
 def locate(source: str | Path, *, revision: str | None = None) -> Located:
-    """Turns what a user names into a file on this machine, downloading it where needed.
+    """Finds the file that a user names, downloading it where needed.
 
     Args:
       source: a pretrained tag ('dpn92.mx_in1k'; 'dpn_tiny.digits' comes with this package), a hub id
@@ -97,7 +97,7 @@ def _download(repository: str, revision: str | None) -> Located:
     unreachable: Exception | None = None
 
     def fetch(filename: str) -> Path | None:
-        """None where it is not; once the hub did not answer, only the cache is asked for the other files."""
+        """None where there is no such file; after a hub that did not answer, only the cache is asked."""
         nonlocal unreachable
         only_cache = unreachable is not None
         try:
@@ -113,7 +113,7 @@ def _download(repository: str, revision: str | None) -> Located:
     try:
         if tag := PRETRAINED.get(repository.removeprefix("timm/")):
             described = {"variant": tag.variant, "preprocessing": tag.preprocessing}
-        else:  # before the weights, since it may tell that they are not a DPN's; our own files do without it
+        else:  # before the weights, since it may say that they are not a DPN's; our own files need none
             config = fetch("config.json")
             described = _read_config(config) if config else {}
         weights = next((path for name in _WEIGHTS if (path := fetch(name))), None)
@@ -137,7 +137,7 @@ def _download(repository: str, revision: str | None) -> Located:
 
 
 def _read_config(path: Path) -> dict[str, object]:
-    """What timm's `config.json` tells; old ones have the fields of `pretrained_cfg` at the top."""
+    """The fields of timm's `config.json`; old ones have those of `pretrained_cfg` at the top."""
     try:
         config = json.loads(path.read_bytes())
         fields = config.get("pretrained_cfg", config)

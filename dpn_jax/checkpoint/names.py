@@ -1,7 +1,7 @@
 """timm's parameter names and layouts and ours, side by side: an explicit, bijective table made from the config.
 
 numpy and `dpn_jax.config` only. timm keeps the names of its first release (`features.conv3_1.c1x1_w_s2.bn.weight`),
-where the stage count starts at 2 and a projection's name tells its stride; ours are the attributes of `dpn_jax.model`.
+where stages are counted from 2 and a projection's name contains its stride; ours are the attributes of `dpn_jax.model`.
 """
 
 import functools
@@ -208,8 +208,8 @@ def infer_config(shapes: Mapping[str, Shape]) -> DPNConfig:
     """Recovers the architecture from the names and shapes of timm's tensors.
 
     A variant is recognized whatever its classifier and input channels are. For other architectures the activation of
-    the stem and the final norm, which leaves no trace, is taken to be ReLU. Of a damaged file it is the variant that
-    shares most with it, so that `check` can say in full what is wrong.
+    the stem and the final norm, which leaves no trace, is taken to be ReLU. For a damaged file it is the most similar
+    variant, so that `check` can say in full what is wrong.
 
     Args:
       shapes: timm's shape by timm's name.
@@ -255,7 +255,7 @@ def match_input_and_head(config: DPNConfig, shapes: Mapping[str, Shape]) -> DPNC
 
 
 def _recover(shapes: Mapping[str, Shape]) -> DPNConfig:
-    """Reads the sizes off the first blocks; whether the rest agrees is for `check` to say."""
+    """Reads the sizes off the first blocks; `check` compares the rest."""
 
     def shape(name: str) -> Shape:
         if len(shapes.get(f"features.{name}.weight", ())) != 4:

@@ -27,7 +27,7 @@ from tests.support.timm_models import randomize, save_timm, timm_dpn, to_flax
 pytestmark = pytest.mark.slow
 
 # Runs `from_pretrained` for each line of its input, in order. The client reads its environment when it is imported,
-# hence a process; its waits between attempts, 23 s in all, are left out.
+# hence a process; its waits between attempts, 23 s in all, are skipped.
 CHILD = """
 import hashlib, json, os, sys, time
 import numpy as np
@@ -291,10 +291,10 @@ def test_a_damaged_download_is_not_converted_either(session: Session, tmp_path: 
     assert not any(tmp_path.iterdir())
 
 
-def test_deleting_what_the_message_names_mends_a_damaged_download(session: Session) -> None:
+def test_deleting_what_the_message_names_repairs_a_damaged_download(session: Session) -> None:
     path = message(session.answers["corrupt"]).rpartition("delete ")[2]
-    steps = [Step("mended", "someone/corrupt", remove=path)]
-    assert run(steps, session.home, HF_ENDPOINT=session.hub.endpoint)["mended"]["weights"]
+    steps = [Step("repaired", "someone/corrupt", remove=path)]
+    assert run(steps, session.home, HF_ENDPOINT=session.hub.endpoint)["repaired"]["weights"]
     assert session.hub.downloads("someone/corrupt") == ["model.safetensors"] * 2
 
 
