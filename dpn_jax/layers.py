@@ -256,7 +256,8 @@ def _uniform(
 ) -> list[jax.Array]:
     """Arrays of the shapes and dtypes given, uniform between their bounds."""
     sizes = [0 if low == high else shape.size for shape, (low, high) in zip(shapes, bounds, strict=True)]
-    dtype = at_least_float32(max((shape.dtype for shape in shapes), key=lambda dtype: dtype.itemsize))
+    drawn = [shape.dtype for shape, size in zip(shapes, sizes, strict=True) if size]
+    dtype = at_least_float32(max(drawn, key=lambda dtype: dtype.itemsize, default=jnp.dtype(jnp.float32)))
     shares = jnp.split(jax.random.uniform(key, (sum(sizes),), dtype), np.cumsum(sizes)[:-1].tolist())
     return [
         (low + share.reshape(shape.shape) * (high - low)).astype(shape.dtype)

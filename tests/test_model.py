@@ -160,3 +160,12 @@ def test_test_time_pool_needs_large_images() -> None:
 def test_unknown_keywords_are_refused() -> None:
     with pytest.raises(TypeError, match="num_clases"):
         dpn_jax.create_model(TINY, num_clases=3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_parameters(dtype: jax.typing.DTypeLike) -> None:
+    model = dpn_jax.create_model(TINY, param_dtype=dtype)
+    floats = [leaf for leaf in jax.tree.leaves(nnx.state(model)) if leaf.ndim]
+    assert {leaf.dtype for leaf in floats} == {jnp.dtype(dtype)}
+    exact = dpn_jax.create_model(TINY).stem.conv.kernel[...]
+    np.testing.assert_allclose(model.stem.conv.kernel[...].astype("float32"), exact, rtol=1e-2)
