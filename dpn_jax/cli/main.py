@@ -63,7 +63,8 @@ def guarded(command: Callable[[], int]) -> int:
     logging.basicConfig(format="dpn-jax: %(message)s", level=logging.WARNING)
     with contextlib.suppress(AttributeError):  # a replaced stdout
         sys.stdout.reconfigure(errors="surrogateescape")  # file names come out as the bytes that they are
-    hook, sys.unraisablehook = sys.unraisablehook, lambda lost: interrupt_again(lost) or hook(lost)
+    hook = sys.unraisablehook
+    ours = sys.unraisablehook = lambda lost: interrupt_again(lost) or hook(lost)
     try:
         code = command()
         sys.stdout.flush()
@@ -82,7 +83,8 @@ def guarded(command: Callable[[], int]) -> int:
         note(str(error).split("\n")[0])
         return NOTHING_DONE
     finally:
-        sys.unraisablehook = hook
+        if sys.unraisablehook is ours:  # a failed checkpoint leaves another one behind, on purpose
+            sys.unraisablehook = hook
 
 
 def interrupt_again(lost: "sys.UnraisableHookArgs") -> bool:
