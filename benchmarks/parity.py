@@ -17,15 +17,15 @@ from benchmarks.report import print_setting
 from convert.verify import compare
 from dpn_jax.images.transform import Transform
 from dpn_jax.pretrained import default_preprocessing, get_config
-from tests.parity import reference
-from tests.parity.photos import PHOTOS
+from tests.support import timm_models
+from tests.support.photos import PHOTOS
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What to compare."""
 
-    models: tuple[str, ...] = reference.VARIANTS
+    models: tuple[str, ...] = timm_models.VARIANTS
     """Variants."""
     photos: int = len(PHOTOS)
     """How many of the photos."""
@@ -40,7 +40,7 @@ def main(options: Options) -> None:
         transform = Transform(default_preprocessing(get_config(variant)))
         images = np.stack([transform(photo) for photo in photos])
         with tempfile.TemporaryDirectory() as folder:
-            path = reference.write(reference.randomized(variant), Path(folder) / f"{variant}.safetensors")
+            path = timm_models.save_timm(timm_models.randomized(variant), Path(folder) / f"{variant}.safetensors")
             *double, top5_double = compare(path, images, "float64")
             *single, top5_single = compare(path, images, "float32")
         equal = top5_double.largest == top5_single.largest == 0

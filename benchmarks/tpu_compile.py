@@ -1,8 +1,8 @@
 """What the TPU's own compiler says, ahead of time and without a TPU: `python -m benchmarks.tpu_compile`.
 
 Needs libtpu, in an environment of its own: `pip install -e ".[tpu]" -c constraints.txt`. The compiler annotates every
-operation with estimated cycles; their sum is no measurement, but it is the compiler's own cost model, and it tells
-formulations apart. Bytes and temporary memory come from the compiled program too.
+operation with estimated cycles: a heuristic of its search, about twice too high and no ranking of formulations (see
+docs/performance.md). Bytes and temporary memory come from the compiled program too.
 """
 
 import dataclasses
@@ -34,7 +34,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import dpn_jax
 from benchmarks.report import print_setting
 from dpn_jax.config import DPNConfig
-from dpn_jax.fast.forward import PLANS, FastForward
+from dpn_jax.fast.forward import FastForward
+from dpn_jax.fast.plan import PLANS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the scripts here share with the `dpn-jax` command: one line for an error, never a traceback."""
+"""Runs a script as the `dpn-jax` command runs: an error is one line, never a traceback."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,13 +8,13 @@ from dpn_jax.cli.main import guarded
 
 
 def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None) -> int:
-    """Runs a script's `main` with the command line.
+    """Runs a script's `main` with the words of a command line.
 
     Args:
       main: the typed function; its docstring is the help text.
-      arguments: the words of the command line; those of this process when left out.
+      arguments: the words; defaults to those of this process.
 
     Returns:
       The exit code, as `dpn_jax.cli.main.main`.
     """
-    return guarded(lambda: tyro.cli(main, args=arguments) or 0)
+    return guarded(lambda: tyro.cli(main, args=arguments, config=(tyro.conf.FlagCreatePairsOff,)) or 0)

@@ -1,41 +1,43 @@
-"""Rewrites one of our files for timm: `python -m convert.flax_to_timm SOURCE DESTINATION`.
+"""Converts our weights to timm's: `python -m convert.flax_to_timm SOURCE DESTINATION`.
 
-What `dpn-jax convert --to timm` does, and then has timm load the result strictly. A DESTINATION that ends in `.pth` or
-`.bin` is written by torch.
+Does what `dpn-jax convert --to timm` does, then loads the result into timm's model strictly. A DESTINATION that ends in
+`.pth` or `.bin` is written by torch.
 """
 
 import sys
 import tempfile
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from convert.command import run
 from convert.timm_import import create_timm_model
-from dpn_jax.checkpoint.load import convert
-from dpn_jax.errors import CheckpointError
+from dpn_jax.checkpoint.save import convert
+from dpn_jax.cli.options import option
+from dpn_jax.errors import CheckpointError, shown
 
 
 def main(
-    source: tyro.conf.Positional[str],
-    destination: tyro.conf.Positional[Path],
+    source: Annotated[str, tyro.conf.Positional, option("SOURCE")],
+    destination: Annotated[Path, tyro.conf.Positional, option("DESTINATION")],
     /,
     force: bool = False,
     allow_nonfinite: bool = False,
 ) -> None:
-    """Rewrite one of our files for timm, and have timm load it.
+    """Convert our weights to timm's, and load them into timm's model.
 
     Args:
-      source: what dpn_jax.save or convert.timm_to_flax wrote.
-      destination: the file to write: .safetensors, .pth or .bin.
-      force: overwrite an existing destination.
-      allow_nonfinite: take NaN, infinity and negative running variances.
+      source: A file that dpn_jax.save or convert.timm_to_flax wrote.
+      destination: The file to write: .safetensors, .pth or .bin.
+      force: Overwrite an existing DESTINATION.
+      allow_nonfinite: Accept weights with NaN, infinity or negative variances.
     """
     import safetensors.torch
     import torch
 
     if destination.exists() and not force:
-        raise CheckpointError(f"{destination}: exists already; overwrite it with --force")
+        raise CheckpointError(f"{shown(destination)}: exists already; overwrite it with --force")
     with tempfile.TemporaryDirectory(dir=destination.absolute().parent) as folder:
         written = Path(folder) / f"{destination.stem}.safetensors"
         read = convert(source, written, to="timm", allow_nonfinite=allow_nonfinite)
@@ -45,9 +47,9 @@ def main(
             written = Path(folder) / destination.name
             torch.save(tensors, written)
         elif destination.suffix != ".safetensors":
-            raise ValueError(f"{destination}: the name must end in .safetensors, .pth or .bin")
+            raise ValueError(f"{shown(destination)}: the name must end in .safetensors, .pth or .bin")
         written.replace(destination)
-    print(f"{destination}: {len(tensors)} tensors, loaded strictly by timm")
+    print(f"{shown(destination)}: {len(tensors)} tensors, loaded strictly by timm")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""timm, importable, and its model for one of our architectures."""
+"""Imports timm, and creates its model of one of our architectures."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -14,11 +14,11 @@ _KEEP_ALIVE: list[object] = []
 
 
 def import_timm() -> "ModuleType":
-    """Imports and returns `timm`, declaring torchvision's missing operators first where that is what stops it.
+    """Imports and returns `timm`, after declaring torchvision's missing operators if they keep it from importing.
 
-    torchvision registers shape functions for its compiled operators when it is imported; where the compiled half cannot
-    be loaded (a CUDA build on a machine without CUDA) that fails with `operator torchvision::nms does not exist`,
-    although timm needs none of them. Where torchvision imports, this only imports timm.
+    On import torchvision registers shape functions for its compiled operators. If the compiled library cannot be loaded
+    (a CUDA build on a machine without CUDA), this fails with `operator torchvision::nms does not exist`, although timm
+    needs none of these operators. If torchvision imports, this only imports timm.
 
     Returns:
       The module `timm`.
@@ -35,17 +35,17 @@ def import_timm() -> "ModuleType":
         library = torch.library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _KEEP_ALIVE.append(library)  # the operators vanish with the library object
+        _KEEP_ALIVE.append(library)  # the operators are removed when the library object is
     import timm
 
     return timm
 
 
 def create_timm_model(config: DPNConfig) -> "torch.nn.Module":
-    """timm's model of an architecture, freshly initialized, in eval mode.
+    """Creates timm's model of an architecture, randomly initialized, in eval mode.
 
     Args:
-      config: a variant's, with any head and input, or a custom one that timm's `DPN` can express.
+      config: that of a variant, with any head and input, or a custom one that timm's `DPN` can express.
 
     Returns:
       The `timm.models.dpn.DPN`.

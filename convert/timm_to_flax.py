@@ -1,6 +1,6 @@
-"""Rewrites timm's weights as one of our files: `python -m convert.timm_to_flax SOURCE DESTINATION`.
+"""Converts timm's weights to ours: `python -m convert.timm_to_flax SOURCE DESTINATION`.
 
-What `dpn-jax convert --to flax` does, and also takes weights through timm itself: `timm:dpn92.mx_in1k` is
+Does what `dpn-jax convert --to flax` does, and also gets weights through timm: `timm:dpn92.mx_in1k` is
 `timm.create_model("dpn92.mx_in1k", pretrained=True)`, with timm's cache, URLs and local overrides.
 """
 
@@ -8,42 +8,45 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from convert.command import run
 from convert.timm_import import import_timm
-from dpn_jax.checkpoint.load import convert
+from dpn_jax.checkpoint.save import convert
+from dpn_jax.cli.options import option
+from dpn_jax.errors import shown
 
 
 def main(
-    source: tyro.conf.Positional[str],
-    destination: tyro.conf.Positional[Path],
+    source: Annotated[str, tyro.conf.Positional, option("SOURCE")],
+    destination: Annotated[Path, tyro.conf.Positional, option("DESTINATION")],
     /,
-    model: str | None = None,
+    model: Annotated[str | None, option("VARIANT", "that of SOURCE")] = None,
     force: bool = False,
     allow_nonfinite: bool = False,
     untrained: bool = False,
 ) -> None:
-    """Rewrite timm's weights as one of our files.
+    """Convert timm's weights to ours.
 
     Args:
-      source: a file (.safetensors, .pth, .bin), a tag, a hub id, or timm:NAME to ask timm.
-      destination: the .safetensors file to write.
-      model: the variant, when it should not be recognized from the file.
-      force: overwrite an existing destination.
-      allow_nonfinite: take NaN, infinity and negative running variances.
-      untrained: with timm:NAME, timm's random initial weights, to try things out where there is no network.
+      source: A file (.safetensors, .pth, .bin), a tag, a hub id, or timm:NAME for weights from timm.
+      destination: The .safetensors file to write.
+      model: The architecture.
+      force: Overwrite an existing DESTINATION.
+      allow_nonfinite: Accept weights with NaN, infinity or negative variances.
+      untrained: With timm:NAME, use timm's random initialization, which needs no network.
     """
     with tempfile.TemporaryDirectory() as folder:
         if source.startswith("timm:"):
-            source = _ask_timm(source.removeprefix("timm:"), Path(folder), pretrained=not untrained)
+            source = _save_from_timm(source.removeprefix("timm:"), Path(folder), pretrained=not untrained)
         read = convert(source, destination, to="flax", model=model, overwrite=force, allow_nonfinite=allow_nonfinite)
-    print(f"{destination}: {len(read.file)} tensors; check it with: python -m convert.verify {destination}")
+    print(f"{shown(destination)}: {len(read.tensors)} tensors; check it with: python -m convert.verify {destination}")
 
 
-def _ask_timm(name: str, folder: Path, *, pretrained: bool) -> Path:
-    """Has timm make a model, and writes it into a folder as timm would for the hub."""
+def _save_from_timm(name: str, folder: Path, *, pretrained: bool) -> Path:
+    """Creates a model with timm and saves it in the hub's layout."""
     import safetensors.torch
 
     model = import_timm().create_model(name, pretrained=pretrained)

@@ -1,6 +1,6 @@
-"""Can this port be trusted with my weights? `python -m convert.verify CHECKPOINT [PHOTO...]` compares it with timm.
+"""Compares our model with timm's on your weights: `python -m convert.verify CHECKPOINT [PHOTO...]`.
 
-Both frameworks load the checkpoint and see the same input; the table has the error after every stage.
+Both models load the checkpoint and run on the same input; the table has the error after every stage.
 """
 
 import dataclasses
@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,9 @@ from flax import nnx
 import dpn_jax
 from convert.command import run
 from convert.timm_import import create_timm_model
-from dpn_jax.checkpoint.load import convert, open_checkpoint
+from dpn_jax.checkpoint.open import open_checkpoint
+from dpn_jax.checkpoint.save import convert
+from dpn_jax.cli.options import option
 from dpn_jax.config import variant_of
 from dpn_jax.images.transform import Transform
 from dpn_jax.pretrained import default_preprocessing
@@ -28,13 +31,13 @@ BOUNDS = {"float64": 1e-10, "float32": 1e-5}
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One tensor of the forward pass in both frameworks.
+    """One tensor of the forward pass in both models.
 
     Args:
-      name: what it is.
-      shape: its shape, `[B, ...]`, channels last.
-      relative: the norm of the difference, divided by the norm of timm's.
-      largest: the largest difference of one element.
+      name: the tensor.
+      shape: `[B, ...]`, channels last.
+      relative: L2 norm of the difference divided by that of timm's tensor.
+      largest: largest absolute difference of an element.
     """
 
     name: str
@@ -48,27 +51,27 @@ class Comparison:
 
 
 def compare(checkpoint: str | Path, images: np.ndarray, dtype: str, *, model: str | None = None) -> list[Comparison]:
-    """Runs a checkpoint in both frameworks, in eval mode.
+    """Runs a checkpoint in both models, in eval mode.
 
     Args:
       checkpoint: timm's file or ours, a tag or a hub id.
       images: `[B, H, W, C]`, normalized.
       dtype: 'float32' or 'float64', of weights and arithmetic.
-      model: the variant, when it should not be recognized from the file.
+      model: the architecture; defaults to that of the checkpoint.
 
     Returns:
-      The stem, each stage, the features, the pooled features, the logits and the five best classes.
+      One comparison each of the stem, the stages, the features, the pooled features, the logits and the top-5 classes.
     """
     import safetensors.torch
     import torch
 
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
         ours = dpn_jax.from_pretrained(checkpoint, model=model, dtype=dtype, param_dtype=dtype)
-        theirs = create_timm_model(ours.config).to(getattr(torch, dtype))  # before it loads, or float64 values are cut
+        theirs = create_timm_model(ours.config).to(getattr(torch, dtype))  # before loading, which would round float64
         with tempfile.TemporaryDirectory() as folder:
-            timms = Path(folder) / "timm.safetensors"
-            convert(checkpoint, timms, to="timm", model=model)
-            theirs.load_state_dict(safetensors.torch.load_file(timms), strict=True)
+            timm_file = Path(folder) / "timm.safetensors"
+            convert(checkpoint, timm_file, to="timm", model=model)
+            theirs.load_state_dict(safetensors.torch.load_file(timm_file), strict=True)
         got = dict(_named(*_forward(ours, jnp.asarray(images, dtype))))
         with torch.no_grad():
             batch = torch.from_numpy(images).permute(0, 3, 1, 2).to(getattr(torch, dtype))
@@ -93,7 +96,7 @@ def _named(features: object, stages: list[object], pooled: object, logits: objec
 
 
 def _compare_top5(ours: np.ndarray, theirs: np.ndarray) -> Comparison:
-    """Counts the places in which the five best classes differ."""
+    """Counts the positions at which the top-5 classes differ."""
     best = [np.argsort(-logits, axis=1, kind="stable")[:, :5] for logits in (ours, theirs)]
     different = float((best[0] != best[1]).sum())
     return Comparison("top-5", best[0].shape, different / best[0].size, different)
@@ -109,21 +112,21 @@ def _compare(name: str, ours: np.ndarray, theirs: np.ndarray) -> Comparison:
 
 
 def main(
-    checkpoint: tyro.conf.Positional[str],
-    photos: tyro.conf.Positional[tuple[Path, ...]] = (),
+    checkpoint: Annotated[str, tyro.conf.Positional, option("CHECKPOINT")],
+    photos: Annotated[tuple[Path, ...], tyro.conf.Positional, option("[PHOTO...]", "two images of noise")] = (),
     /,
-    model: str | None = None,
-    size: int | None = None,
+    model: Annotated[str | None, option("VARIANT", "that of CHECKPOINT")] = None,
+    size: Annotated[int | None, option("PIXELS", "that of CHECKPOINT")] = None,
     seed: int = 0,
 ) -> int:
-    """Compare a checkpoint in this port with timm, and say whether they agree.
+    """Compare our model with timm's on a checkpoint.
 
     Args:
       checkpoint: timm's file or ours, a tag or a hub id.
-      photos: what to run on; a batch of two noise images where none is given.
-      model: the variant, when it should not be recognized from the file.
-      size: side of the images, pixels; the weights' own when left out.
-      seed: of the noise.
+      photos: Photos to run on.
+      model: The architecture.
+      size: Side of the images.
+      seed: Seed of the noise.
     """
     opened = open_checkpoint(Path(checkpoint) if Path(checkpoint).exists() else checkpoint, model=model)
     settings = opened.provenance.preprocessing or default_preprocessing(opened.config)

@@ -2,15 +2,15 @@
 
 from dpn_jax.checkpoint.load import from_pretrained as from_pretrained
 from dpn_jax.checkpoint.load import load as load
-from dpn_jax.checkpoint.load import save as save
+from dpn_jax.checkpoint.save import save as save
 from dpn_jax.config import DPNConfig as DPNConfig
 from dpn_jax.config import list_models as list_models
 from dpn_jax.errors import CheckpointError as CheckpointError
 from dpn_jax.errors import ImageError as ImageError
-from dpn_jax.fast.forward import compiler_options as compiler_options
-from dpn_jax.fast.forward import fast_apply as fast_apply
 from dpn_jax.fast.forward import fast_forward as fast_forward
 from dpn_jax.fast.memory import keep_freed_memory as keep_freed_memory
+from dpn_jax.fast.plan import compiler_options as compiler_options
+from dpn_jax.fast.training import fast_apply as fast_apply
 from dpn_jax.images.transform import preprocessing as preprocessing
 from dpn_jax.inference.classifier import Classifier as Classifier
 from dpn_jax.inference.classifier import Prediction as Prediction

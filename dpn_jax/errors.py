@@ -1,8 +1,8 @@
-"""The exceptions of the package, and how a reason and a path are printed: on one line."""
+"""Every exception of the package, and how a reason and a path are printed on one line."""
 
 import os
 
-_OF_THE_SYSTEM = ("No space left on device", "File too large", "Disk quota exceeded", "Permission denied")
+_SYSTEM_ERRORS = ("No space left on device", "File too large", "Disk quota exceeded", "Permission denied")
 
 
 def reason(error: BaseException) -> str:
@@ -17,12 +17,12 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())
-    known = next((phrase for phrase in _OF_THE_SYSTEM if phrase in text), text[:200])  # libraries wrap the system's
-    return shown(known) if known else type(error).__name__
+    line = next((phrase for phrase in _SYSTEM_ERRORS if phrase in text), text[:200])  # libraries wrap system errors
+    return shown(line) if line else type(error).__name__
 
 
 def shown(path: str | bytes | os.PathLike) -> str:
-    """What a message calls a path or a name: printable, on one line.
+    """How a message prints a path or a name: on one line, printable.
 
     Example:
       >>> shown("photo.jpg"), shown("new\\nline.jpg")
@@ -33,10 +33,10 @@ def shown(path: str | bytes | os.PathLike) -> str:
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or does not fit; the first line of the message says why and what to do.
+    """A checkpoint cannot be read or does not fit; the first line of the message says why and what to do.
 
     Attributes:
-      missing, unknown, misshaped: every tensor at fault, sorted, where that is the reason.
+      missing, unknown, misshaped: names of the tensors at fault, sorted; empty if the reason is another.
     """
 
     def __init__(
@@ -54,19 +54,19 @@ class CheckpointError(ValueError):
 
 
 class ImageError(ValueError):
-    """An image that cannot be read or prepared; its message is one printable line that names the file."""
+    """An image or a folder of images cannot be read; the message is one printable line that names it."""
 
 
 class ExportError(ValueError):
-    """A model cannot be exported, or an exported one not read; the message is one line that names the file."""
+    """A model cannot be exported, or an exported model not read; the message is one line that names the file."""
 
 
 class DataError(ValueError):
-    """A folder or an image that cannot be trained on; its message is one line that names it."""
+    """A folder or an image cannot be trained on; the message is one line that names it."""
 
 
 class RunError(ValueError):
-    """A fine-tuning run cannot begin or go on; the message says why and what to do, in one line."""
+    """A fine-tuning run cannot start or continue; the message is one line that says why and what to do."""
 
 
 class DivergedError(RunError):

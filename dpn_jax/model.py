@@ -1,123 +1,21 @@
-"""Dual Path Networks (Chen et al., NIPS 2017, arXiv 1707.01629), to be read beside the paper's Figure 2.
+"""Dual Path Networks (Chen et al., NIPS 2017, arXiv 1707.01629): the network of the paper's Table 1.
 
-Every block carries two tensors. It reads both, *adds* to the residual path and *appends* to the dense path:
-features are re-used as in a ResNet and explored as in a DenseNet.
+Its blocks, the paper's Figure 2, are in `dpn_jax.blocks`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dpn_jax.config import DPNConfig, StageConfig
-from dpn_jax.layers import Conv, NormAct, NormActConv, fork, global_pool, initialize, max_pool, window_average
+from dpn_jax.blocks import DualPath, DualPathBlock, Stem, join_paths
+from dpn_jax.config import DPNConfig
+from dpn_jax.layers import Conv, NormAct, global_pool, initialized_together, window_average
+from dpn_jax.operations import PLAIN, Operations
 from dpn_jax.pretrained import Provenance, get_config
-
-
-class DualPath(NamedTuple):
-    """What flows between the blocks of a stage."""
-
-    residual: jax.Array
-    """`[B, H, W, R]`: blocks add to it."""
-    dense: jax.Array
-    """`[B, H, W, D]`: blocks append to it."""
-
-
-class Stem(nnx.Module):
-    """A strided convolution, norm and activation: `[B, H, W, in_channels]` -> `[B, H/2, W/2, stem_features]`."""
-
-    def __init__(self, config: DPNConfig, *, rngs: nnx.Rngs | None, **dtypes: jax.typing.DTypeLike) -> None:
-        self.conv = Conv(
-            config.in_channels, config.stem_features, kernel_size=config.stem_kernel, stride=2, rngs=rngs, **dtypes
-        )
-        self.norm = NormAct(config.stem_features, activation=config.outer_activation, rngs=rngs, **dtypes)
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        return self.norm(self.conv(images))
-
-
-class Expand(nnx.Module):
-    """A block's last unit: what it adds to the residual path and what it appends to the dense path.
-
-    One 1x1 convolution whose result is split or, in the `b` variants, two of them behind one norm.
-    """
-
-    def __init__(
-        self, stage: StageConfig, *, split: bool, rngs: nnx.Rngs | None, **dtypes: jax.typing.DTypeLike
-    ) -> None:
-        self.norm = NormAct(stage.bottleneck, rngs=rngs, **dtypes)
-        if split:
-            self.residual = Conv(stage.bottleneck, stage.residual, rngs=rngs, **dtypes)
-            self.dense = Conv(stage.bottleneck, stage.increment, rngs=rngs, **dtypes)
-        else:
-            self.conv = Conv(stage.bottleneck, stage.residual + stage.increment, rngs=rngs, **dtypes)
-        self.split = split
-        self.residual_channels = stage.residual
-
-    def convolutions(self) -> tuple[Conv, ...]:
-        """The one, or the residual path's and the dense one's."""
-        return (self.residual, self.dense) if self.split else (self.conv,)
-
-    def __call__(self, x: jax.Array) -> DualPath:
-        x = self.norm(x)
-        if self.split:
-            return DualPath(self.residual(x), self.dense(x))
-        return split_paths(self.conv(x), self.residual_channels)
-
-
-class DualPathBlock(nnx.Module):
-    """One micro-block of the paper's Figure 2 (d): 1x1 reduce, grouped 3x3, 1x1 expand.
-
-    The first block of a stage projects what it reads with `shortcut` to start both paths afresh.
-
-    Args:
-      stage: the stage's sizes.
-      index: number of the block in its stage, from 0.
-      split_expand: see `DPNConfig`.
-      rngs: source of the initial values.
-      dtypes: `dtype` and `param_dtype`, see `DPN`.
-
-    Source: paper Section 3.3; `timm.models.dpn.DualPathBlock`.
-    """
-
-    def __init__(
-        self,
-        stage: StageConfig,
-        index: int,
-        *,
-        split_expand: bool,
-        rngs: nnx.Rngs | None,
-        **dtypes: jax.typing.DTypeLike,
-    ) -> None:
-        channels = stage.block_in_channels(index)
-        stride = stage.stride if index == 0 else 1
-        self.shortcut = (
-            NormActConv(channels, stage.residual + 2 * stage.increment, stride=stride, rngs=rngs, **dtypes)
-            if index == 0
-            else None
-        )
-        self.reduce = NormActConv(channels, stage.bottleneck, rngs=rngs, **dtypes)
-        self.grouped = NormActConv(
-            stage.bottleneck,
-            stage.bottleneck,
-            kernel_size=3,
-            stride=stride,
-            groups=stage.groups,
-            rngs=rngs,
-            **dtypes,
-        )
-        self.expand = Expand(stage, split=split_expand, rngs=rngs, **dtypes)
-        self.residual_channels = stage.residual
-        self.forked = False  # `fast.fast_apply` sets what the backend runs best
-
-    def __call__(self, x: DualPath | jax.Array) -> DualPath:
-        """Maps both paths (or the stem's output) to both paths, `[B, H', W', C]` each."""
-        kept, x = fork(x) if self.forked else (x, x)
-        residual, dense = kept if self.shortcut is None else split_paths(self.shortcut(kept), self.residual_channels)
-        added, appended = self.expand(self.grouped(self.reduce(x)))
-        return DualPath(residual + added, jnp.concatenate([dense, appended], axis=-1))
 
 
 class DPN(nnx.Module):
@@ -127,11 +25,18 @@ class DPN(nnx.Module):
 
     Args:
       config: the architecture.
+      block: makes a block, called as `block(stage, index, split_expand=, norm=, operations=, dtype=, param_dtype=,
+        rngs=)` with a `StageConfig` and the block's number; a class such as a subclass of `DualPathBlock`.
+      norm: makes a norm, see `DualPathBlock`; a class such as a subclass of `NormAct`.
+      operations: what the layers compute with.
       dtype: dtype of the arithmetic and of the results.
       param_dtype: dtype of the parameters and the running statistics.
       remat: recompute each block's inside in the backward pass instead of keeping it: less memory, more time.
       rngs: streams `params` (initial values) and, where `drop_rate` is not 0, `dropout`. None leaves every parameter
         abstract (`jax.ShapeDtypeStruct`), for loaded ones to be put in.
+
+    Raises:
+      ValueError: `block` or `norm` is no class of `nnx.Module`, or gives other shapes than the network needs.
 
     Example:
       >>> import jax.numpy as jnp
@@ -148,29 +53,37 @@ class DPN(nnx.Module):
         self,
         config: DPNConfig,
         *,
+        block: Callable[..., nnx.Module] = DualPathBlock,
+        norm: Callable[..., nnx.Module] = NormAct,
+        operations: Operations = PLAIN,
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         remat: bool = False,
         rngs: nnx.Rngs | None,
     ) -> None:
-        # abstract first: `initialize` gives all parts their values at once
-        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": None}
-        self.stem = Stem(config, **options)
-        self.stages = nnx.List(
-            nnx.List(
-                DualPathBlock(stage, index, split_expand=config.split_expand, **options) for index in range(stage.depth)
+        _check_class("block", block)
+        _check_class("norm", norm)
+        options = {"operations": operations, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        with initialized_together(self, rngs):
+            self.stem = Stem(config, norm=norm, **options)
+            self.stages = nnx.List(
+                nnx.List(
+                    block(stage, index, split_expand=config.split_expand, norm=norm, **options)
+                    for index in range(stage.depth)
+                )
+                for stage in config.stages
             )
-            for stage in config.stages
-        )
-        self.norm = NormAct(config.num_features, activation=config.outer_activation, **options)
-        self.dropout = nnx.Dropout(config.drop_rate, rngs=rngs if config.drop_rate else None)
-        self.classifier = nnx.data(_classifier(config, **options))
+            self.norm = norm(config.num_features, activation=config.outer_activation, **options)
+            self.dropout = nnx.Dropout(config.drop_rate, rngs=rngs if config.drop_rate else None)
+            self.classifier = nnx.data(_classifier(config, **options))
         self.config = config
         self.provenance = Provenance()
+        self.operations = operations
         self.dtype = jnp.dtype(dtype)
         self.param_dtype = jnp.dtype(param_dtype)
         self.remat = remat
-        initialize(self, rngs)
+        if (block, norm) != (DualPathBlock, NormAct):
+            _check_shapes(self)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Classifies images.
@@ -196,7 +109,7 @@ class DPN(nnx.Module):
         Returns:
           `[B, H/32, W/32, num_features]`, sizes rounded up.
         """
-        x = max_pool(self.stem(self._checked(images)))
+        x = self.operations.max_pool(self.stem(self._checked(images)))
         for stage in self.stages:
             x = self._run(stage, x)
         return join_paths(self.norm(x))
@@ -255,7 +168,7 @@ class DPN(nnx.Module):
         if 0 in wanted:
             taken.append(x)
         if stages:
-            x = max_pool(x)
+            x = self.operations.max_pool(x)
         for number, stage in enumerate(stages, start=1):
             x = self._run(stage, x)
             raw = x
@@ -283,7 +196,12 @@ class DPN(nnx.Module):
         pool = self.config.global_pool if global_pool is None else global_pool
         self.config = self.config.replace(num_classes=num_classes, global_pool=pool)
         self.provenance = self.provenance._replace(class_names=None)
-        self.classifier = nnx.data(_classifier(self.config, dtype=self.dtype, param_dtype=self.param_dtype, rngs=rngs))
+        options = {"operations": self.operations, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.classifier = nnx.data(_classifier(self.config, rngs=rngs, **options))
+
+    def set_view(self, operations: Operations | None = None) -> None:
+        """For `nnx.view`: other operations."""
+        self.operations = operations or self.operations
 
     def _run(self, stage: nnx.List[DualPathBlock], x: DualPath | jax.Array) -> DualPath:
         for block in stage:
@@ -298,6 +216,8 @@ class DPN(nnx.Module):
 def create_model(
     name: str | DPNConfig,
     *,
+    block: Callable[..., nnx.Module] = DualPathBlock,
+    norm: Callable[..., nnx.Module] = NormAct,
     dtype: jax.typing.DTypeLike = jnp.float32,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     remat: bool = False,
@@ -309,8 +229,8 @@ def create_model(
     Args:
       name: a variant ('dpn92'), a pretrained tag (its architecture only; weights come from `from_pretrained`) or a
         config.
-      dtype, param_dtype, remat: see `DPN`.
-      rngs: see `DPN`; `nnx.Rngs(0)` when left out.
+      block, norm, dtype, param_dtype, remat: see `DPN`.
+      rngs: see `DPN`; defaults to `nnx.Rngs(0)`.
       changes: any field of `DPNConfig`, such as `num_classes`, `in_channels`, `global_pool` or `drop_rate`.
 
     Raises:
@@ -324,7 +244,8 @@ def create_model(
     """
     config = name if isinstance(name, DPNConfig) else get_config(name)
     rngs = nnx.Rngs(0) if rngs is None else rngs
-    return DPN(config.replace(**changes), dtype=dtype, param_dtype=param_dtype, remat=remat, rngs=rngs)
+    options = {"block": block, "norm": norm, "dtype": dtype, "param_dtype": param_dtype, "remat": remat}
+    return DPN(config.replace(**changes), **options, rngs=rngs)
 
 
 def pool_and_classify(
@@ -344,28 +265,46 @@ def pool_and_classify(
     return x[:, 0, 0] if config.global_pool else x
 
 
-def split_paths(x: jax.Array, residual_channels: int) -> DualPath:
-    """Takes a concatenated map apart: the first channels are the residual path's."""
-    # jnp.split, not two slices: its gradient is one concatenation, where two slices' is a sum of padded maps, for which
-    # XLA computes the residual path's gradient anew in each block
-    return DualPath(*jnp.split(x, [residual_channels], axis=-1))
-
-
-def join_paths(x: DualPath | jax.Array) -> jax.Array:
-    """Both paths as one map `[B, H, W, R + D]`, residual first, as timm carries them."""
-    return jnp.concatenate(x, axis=-1) if isinstance(x, DualPath) else x
-
-
 @nnx.remat
 def _call_remat(block: DualPathBlock, x: DualPath | jax.Array) -> DualPath:
     return block(x)
 
 
-def _classifier(config: DPNConfig, *, rngs: nnx.Rngs | None, **dtypes: jax.typing.DTypeLike) -> Conv | None:
+def _classifier(config: DPNConfig, **options: Any) -> Conv | None:
     if not config.num_classes:
         return None
     # a 1x1 convolution, so that it can also classify every place of a map (global_pool="", test_time_pool)
-    return Conv(config.head_features, config.num_classes, use_bias=True, rngs=rngs, **dtypes)
+    return Conv(config.head_features, config.num_classes, use_bias=True, **options)
+
+
+def _check_class(name: str, given: object) -> None:
+    kind = given.func if isinstance(given, functools.partial) else given
+    if not (isinstance(kind, type) and issubclass(kind, nnx.Module)):
+        raise ValueError(f"{name} must be a class of nnx.Module (or a functools.partial of one), got {given!r}")
+
+
+def _check_shapes(model: DPN) -> None:
+    """Refuses blocks and norms of somebody else's that give other shapes than the network needs."""
+
+    def check(name: str, module: nnx.Module, x: Any, expected: Any) -> Any:
+        got = nnx.eval_shape(lambda module, x: module(x), module, x)
+        if [leaf.shape for leaf in jax.tree.leaves(got)] != [leaf.shape for leaf in jax.tree.leaves(expected)]:
+            shapes = [[list(leaf.shape) for leaf in jax.tree.leaves(tree)] for tree in (got, expected)]
+            raise ValueError(f"{name} {type(module).__name__} gives shapes {shapes[0]}, the network needs {shapes[1]}")
+        return got
+
+    def spec(size: int, channels: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((2, size, size, channels), model.dtype)
+
+    size = 2 ** len(model.stages)
+    x: Any = spec(size, model.config.stem_features)
+    check("norm", model.stem.norm, x, x)
+    for stage, sizes in zip(model.stages, model.config.stages, strict=True):
+        size //= sizes.stride
+        for index, block in enumerate(stage):
+            dense = sizes.block_in_channels(index + 1) - sizes.residual
+            x = check("block", block, x, DualPath(spec(size, sizes.residual), spec(size, dense)))
+    check("norm", model.norm, x, x)
 
 
 def _take_indices(indices: int | Sequence[int] | None, count: int) -> set[int]:

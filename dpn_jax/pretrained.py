@@ -47,13 +47,11 @@ class Provenance(NamedTuple):
     source: str | None = None
     """A tag, hub id or file name."""
     sha256: str | None = None
-    """SHA-256 of the file that the weights were read from, in hexadecimal."""
+    """SHA-256 that the hub promised for the downloaded file, in hexadecimal."""
     preprocessing: Preprocessing | None = None
     """How images must be prepared."""
     class_names: tuple[str, ...] | None = None
     """What the logits mean, where that is not ImageNet-1k."""
-    files: tuple[tuple[str, int, int], ...] = ()
-    """The files that were read (path, bytes, nanoseconds of the last change), to hash them when the model is saved."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@
 # %% [markdown]
 # # Quickstart: DPN in JAX, from timm's weights
 #
-# Load a Dual Path Network, look at what it sees, classify photos, and compare every stage with timm.
+# Load a Dual Path Network, look at its input, classify photos, and compare every stage with timm.
 #
-# With a network, set `TAG = "dpn92.mx_in1k"` and `ONLINE = True`. Without one, timm's random initial weights stand in
-# for the published ones: the labels are then arbitrary, and still exactly those that timm gives.
+# With internet access, set `TAG = "dpn92.mx_in1k"` and `ONLINE = True`. Otherwise timm's random initial weights stand
+# in for the published ones: the labels are then arbitrary, but still exactly those that timm predicts.
 
 # %%
 import tempfile
@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 import dpn_jax
-from dpn_jax.checkpoint.load import convert
+from dpn_jax.checkpoint.save import convert
 
 ONLINE = False
 TAG = "dpn68b.ra_in1k"
@@ -42,8 +42,8 @@ work = Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## Weights
 #
-# `from_pretrained` takes a tag, a hub id, or a file of timm's or ours. `convert` rewrites timm's layout as ours
-# (and back, byte for byte) without torch; here torch is only needed to make the stand-in.
+# `from_pretrained` takes a tag, a hub id, or a file in timm's layout or ours. `convert` translates timm's layout to
+# ours, and back byte for byte, without torch. Here torch is needed only to create the stand-in weights.
 
 # %%
 if ONLINE:
@@ -63,9 +63,9 @@ model = dpn_jax.load(work / "flax.safetensors")
 model.config
 
 # %% [markdown]
-# ## What the network sees
+# ## The network's input
 #
-# The transform is timm's, bit for bit: resize the shorter side, crop the center, normalize.
+# The transform equals timm's bit for bit: resize the shorter side, crop the center, normalize.
 
 # %%
 transform = dpn_jax.preprocessing(TAG)
@@ -95,7 +95,8 @@ plt.show()
 # %% [markdown]
 # ## Features
 #
-# `forward_intermediates` gives the stem and the stages; `forward_features` the last map, `forward_head` what follows.
+# `forward_intermediates` also returns the feature maps of the stem and of each stage. `forward_features` returns the
+# last map, and `forward_head` turns it into logits.
 
 # %%
 images = np.stack([transform(photo) for photo in photos])
@@ -104,9 +105,9 @@ for index, stage in enumerate(stages):
     print(index, stage.shape)
 
 # %% [markdown]
-# ## The same as timm?
+# ## Comparison with timm
 #
-# `python -m convert.verify FILE` prints this for any checkpoint.
+# `python -m convert.verify FILE` prints this table for any checkpoint.
 
 # %%
 from convert.verify import compare

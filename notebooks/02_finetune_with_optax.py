@@ -16,12 +16,12 @@
 # %% [markdown]
 # # Fine-tune with optax
 #
-# Write a training loop by hand, put the library's beside it, then teach a network that knows five digits all ten:
-# with the classifier alone or everything trained, with live or frozen norm statistics.
+# Write a training loop by hand, compare it with the library's, and then fine-tune a network that knows five digits to
+# recognize all ten: training the classifier only or everything, with live or frozen norm statistics.
 #
-# `dpn-jax finetune FOLDER --model TAG --output RUN` does all this in one command, with checkpoints and exact resume;
-# here are its parts. The network is `dpn_tiny` with one block in each of three stages, at 32 pixels, so that a CPU is
-# enough. Besides `dpn-jax[finetune]` this needs scikit-learn and a checkout, installed with `pip install -e`.
+# `dpn-jax finetune FOLDER --model TAG --output RUN` does all of this in one command, with checkpoints and exact resume;
+# this notebook shows its parts. The network is `dpn_tiny` with one block in each of three stages, at 32 pixels, so that
+# a CPU is enough. It needs a checkout installed with `pip install -e ".[finetune]"`, and scikit-learn.
 
 # %%
 import collections
@@ -49,9 +49,9 @@ work = Path(tempfile.mkdtemp())
 architecture = get_config("dpn_tiny").replace(depths=(1, 1, 1), dense_increments=(8, 8, 8))
 
 # %% [markdown]
-# ## Data: one folder for each class
+# ## Data: one folder per class
 #
-# scikit-learn's handwritten digits, as `train/<digit>/` and `val/<digit>/`. A copy without 5 to 9 comes first.
+# scikit-learn's handwritten digits, in `train/<digit>/` and `val/<digit>/`, and a copy that lacks the digits 5 to 9.
 
 # %%
 with contextlib.chdir(work):
@@ -65,8 +65,8 @@ for images in (low, digits):
     print(images["train"].class_names, {split: len(folder) for split, folder in images.items()})
 
 # %% [markdown]
-# `FinetuneConfig` holds every choice. `batches` reads a folder: uint8 images, labels, and weights that are 0 for
-# padding. Training batches come shuffled and cropped at random, by the seed.
+# `FinetuneConfig` holds every hyperparameter. `batches` reads a folder and yields uint8 images, labels, and weights,
+# which are 0 for padding. Training batches are shuffled and randomly cropped, determined by the seed.
 
 # %%
 config = finetune.FinetuneConfig(
@@ -88,14 +88,14 @@ for axis in axes.flat:
 plt.show()
 
 # %% [markdown]
-# ## By hand, and the library's: the same losses
+# ## A loop by hand and the library's: the same losses
 #
-# A model is an NNX module, so a loop is ten lines of Flax and optax. `train_step` does the same with
+# A model is an NNX module, so a training loop takes ten lines of Flax and optax. `train_step` does the same with
 # `dpn_jax.fast_apply(model, images)`: `model(images)` in the formulation that suits the backend, which takes longer to
-# compile and less time for each step.
+# compile but less time per step.
 #
-# Both loops get the same weights and the same batches for an epoch, in float64, so that rounding hides nothing. Float
-# images count as normalized already.
+# Both loops get the same weights and the same batches for one epoch, in float64, so that rounding cannot hide a
+# difference. Floating-point images are taken as already normalized.
 
 # %%
 plain = dataclasses.replace(
@@ -147,10 +147,10 @@ print(f"largest difference: {np.abs(np.subtract(by_hand, by_library)).max():.1e}
 np.testing.assert_allclose(by_library, by_hand, atol=1e-6)
 
 # %% [markdown]
-# ## The loop from here on
+# ## The training loop used below
 #
 # `train_step` and `eval_step` are pure functions of a `TrainState`. They return sums, so that batches can be added up.
-# The loss of `train_step` is the one that is minimized, with label smoothing; that of `eval_step` is without.
+# `train_step` returns the loss that is minimized, with label smoothing; `eval_step` returns it without.
 
 
 # %%
@@ -184,7 +184,7 @@ def fit(
 
 
 # %% [markdown]
-# First the network that knows 0 to 4 only, from random weights.
+# First, train a network on the digits 0 to 4 only, from random weights.
 
 # %%
 model = finetune.initial_model(architecture, config, low["train"].class_names, note=print)
@@ -193,11 +193,11 @@ print(f"validation accuracy on 0 to 4: {history['val accuracy'][-1]:.1%}")
 dpn_jax.save(state.model(), work / "low.safetensors")
 
 # %% [markdown]
-# ## Freezing: the classifier alone, or everything
+# ## Freezing: train the classifier only, or everything
 #
-# From these weights to all ten digits: five of the classes are new. `freeze="backbone"` trains the classifier alone;
-# the statistics of frozen norms are kept too. `norms="frozen"` trains everything, but normalizes with the running
-# statistics that the weights came with.
+# Starting from these weights, train on all ten digits; five of the classes are new. `freeze="backbone"` trains the
+# classifier only and also keeps the statistics of frozen norms. `norms="frozen"` trains everything, but normalizes with
+# the running statistics of the initial weights.
 
 # %%
 choices = {
@@ -237,7 +237,7 @@ def draw(names: tuple[str, str]) -> None:
 draw(("classifier alone", "everything, live norms"))
 
 # %% [markdown]
-# What the network learned from 0 to 4 also tells the new digits apart, but not well: training everything gets further.
+# Features learned from 0 to 4 also separate the new digits, but not well: training everything is more accurate.
 
 # %%
 final = {name: history["val accuracy"][-1] for name, history in histories.items()}
@@ -246,8 +246,8 @@ assert 0.7 < final["classifier alone"] < final["everything, live norms"] - 0.03
 # %% [markdown]
 # ## Norm statistics: live or frozen
 #
-# Live norms normalize with the batch, and their running statistics, which validation uses, have moved (printed above).
-# Frozen ones use the running statistics of 0 to 4 throughout. Here both lead to about the same accuracy.
+# Live norms normalize with the statistics of the batch. Their running statistics, which validation uses, have changed
+# (printed above). Frozen norms use the running statistics of 0 to 4 throughout. Here both are about equally accurate.
 
 # %%
 draw(("everything, live norms", "everything, frozen norms"))
@@ -256,8 +256,8 @@ assert abs(final["everything, live norms"] - final["everything, frozen norms"]) 
 # %% [markdown]
 # ## Save, and classify
 #
-# The file holds the class names and how images are prepared; `dpn-jax classify --weights FILE IMAGE` reads it too. The
-# classifier alone confuses mostly the new digits.
+# The file also contains the class names and the preprocessing, so `dpn-jax classify --weights FILE IMAGE` can use it.
+# The network whose classifier alone was trained mostly confuses the new digits.
 
 # %%
 confusions = {}

@@ -19,6 +19,7 @@ def run(module: str, *options: str, json_file: Path | None = None) -> subprocess
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
 
 
+@pytest.mark.usefixtures("timm_models")
 @pytest.mark.parametrize(
     ("module", "options"),
     [
@@ -38,13 +39,16 @@ def test_both_sides_are_timed_in_both_tasks(module: str, options: tuple[str, ...
         assert row["images_per_second"] == pytest.approx(1e3 * row["batch"] / row["median_ms"])
 
 
+@pytest.mark.usefixtures("timm_models")
 def test_a_missing_card_is_one_line() -> None:
     done = run("benchmarks.gpu")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "no cuda" in done.stderr
 
 
+@pytest.mark.usefixtures("timm_models")
 def test_parity_prints_its_table() -> None:
+    pytest.importorskip("tests.support.photos")
     done = run("benchmarks.parity", "--models", "dpn48b", "--photos", "1")
     assert done.returncode == 0, done.stderr
     assert "| dpn48b |" in done.stdout

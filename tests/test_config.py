@@ -4,7 +4,7 @@ import math
 import pytest
 
 from dpn_jax import config, pretrained
-from dpn_jax.checkpoint.names import table
+from dpn_jax.checkpoint.names import name_table
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from dpn_jax.checkpoint.names import table
 )
 def test_sizes_are_the_published_ones(name: str, millions: float, gmacs: float) -> None:
     variant = pretrained.get_config(name)
-    parameters = sum(math.prod(entry.timm_shape) for entry in table(variant) if entry.is_parameter)
+    parameters = sum(math.prod(entry.timm_shape) for entry in name_table(variant) if entry.is_parameter)
     assert round(parameters / 1e6, 2) == millions
     assert variant.multiply_adds() / 1e9 == pytest.approx(gmacs, rel=0.02)
 

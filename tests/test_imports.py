@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,8 +32,11 @@ ORDER = [
     "config",
     "pretrained",
     "errors",
+    "operations",
     "layers",
+    "blocks",
     "model",
+    "stock",
     "checkpoint",
     "images",
     "fast",
@@ -42,7 +46,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-"""The house from top to bottom, as in README's map: each imports only what stands before it."""
+"""The house from top to bottom, as in CONTRIBUTING's table: each imports only what stands before it."""
 
 
 def run(script: str, blocked: tuple[str, ...]) -> None:
@@ -95,6 +99,19 @@ def test_no_circle_within_a_package(package: str) -> None:
     inside = {name for name in MODULES if name.startswith(f"dpn_jax.{package}.") and not name.endswith("__init__")}
     graph = {name: imported(name) & inside for name in inside}
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+@pytest.mark.parametrize("name", ["config", "layers", "model"])
+def test_the_readable_model_names_no_backend(name: str) -> None:
+    words = "backend|compiler|xla|llvm|eigen|cpu|gpu|tpu|cuda|rocm"
+    text = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
+    found = re.findall(rf"^.*(?<![a-z])(?:{words})s?(?![a-z]).*$", text, re.IGNORECASE | re.MULTILINE)
+    assert not found
+
+
+def test_modules_are_short() -> None:
+    lines = {path: path.read_text(encoding="utf-8").count("\n") for path in PACKAGE.rglob("*.py")}
+    assert not {str(path): count for path, count in lines.items() if count > 330}
 
 
 def test_public_names_are_there() -> None:

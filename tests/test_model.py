@@ -5,14 +5,9 @@ import pytest
 from flax import nnx
 
 import dpn_jax
-from dpn_jax.checkpoint.names import table
-from dpn_jax.config import DPNConfig
+from dpn_jax.checkpoint.names import name_table
 from dpn_jax.model import DualPath
-
-TINY = DPNConfig(
-    depths=(2, 1, 1), dense_increments=(4, 4, 8), bottleneck_width=8, groups=4, residual_width=16, stem_features=6,
-    stem_kernel=3, num_classes=5,
-)  # fmt: skip
+from tests.support.models import TINY
 
 
 @pytest.fixture
@@ -37,7 +32,7 @@ def images() -> jax.Array:
 def test_variants_have_the_right_shapes_without_allocating(name: str) -> None:
     model = nnx.eval_shape(lambda: dpn_jax.create_model(name, num_classes=7, in_channels=4, rngs=nnx.Rngs(0)))
     shapes = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model))}
-    assert shapes == {entry.flax: entry.flax_shape for entry in table(model.config)}
+    assert shapes == {entry.flax: entry.flax_shape for entry in name_table(model.config)}
     model.eval()
     structure, state = nnx.split(model)
     images = jax.ShapeDtypeStruct((2, 97, 64, 4), jnp.float32)
@@ -115,9 +110,9 @@ def test_bfloat16_computes_with_float32_parameters(images: jax.Array) -> None:
 
 
 def test_blocks_carry_two_tensors(model: dpn_jax.DPN) -> None:
-    path = model.stages[0][0](jnp.zeros((1, 8, 8, 6)))
+    path = model.stages[0][0](jnp.zeros((1, 8, 8, 8)))
     assert isinstance(path, DualPath)
-    assert (path.residual.shape[-1], path.dense.shape[-1]) == (16, 12)
+    assert (path.residual.shape[-1], path.dense.shape[-1]) == (64, 12)
     assert model.stages[0][1](path).dense.shape[-1] == 16
 
 
@@ -126,7 +121,7 @@ def test_reset_classifier(model: dpn_jax.DPN, images: jax.Array, pool: str) -> N
     features = features_of(model, images)
     model.reset_classifier(3, pool, rngs=nnx.Rngs(1))
     assert model.config.num_classes == 3
-    shape = (2, 2, 3, 3) if pool == "" else (2, 3)
+    shape = (2, 4, 6, 3) if pool == "" else (2, 3)
     assert model.forward_head(features).shape == nnx.eval_shape(forward, model, images).shape == shape
     np.testing.assert_array_equal(features_of(model, images), features)
     model.reset_classifier(0)
@@ -158,10 +153,19 @@ def test_wrong_images_are_refused(model: dpn_jax.DPN, shape: tuple[int, ...], dt
 
 def test_test_time_pool_needs_large_images() -> None:
     model = dpn_jax.create_model(TINY, test_time_pool=7, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="test_time_pool is 7 but the features are only 2x2"):
+    with pytest.raises(ValueError, match="test_time_pool is 7 but the features are only 4x4"):
         forward(model, jnp.zeros((2, 32, 32, 3)))
 
 
 def test_unknown_keywords_are_refused() -> None:
     with pytest.raises(TypeError, match="num_clases"):
         dpn_jax.create_model(TINY, num_clases=3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_parameters(dtype: jax.typing.DTypeLike) -> None:
+    model = dpn_jax.create_model(TINY, param_dtype=dtype)
+    floats = [leaf for leaf in jax.tree.leaves(nnx.state(model)) if leaf.ndim]
+    assert {leaf.dtype for leaf in floats} == {jnp.dtype(dtype)}
+    exact = dpn_jax.create_model(TINY).stem.conv.kernel[...]
+    np.testing.assert_allclose(model.stem.conv.kernel[...].astype("float32"), exact, rtol=1e-2)

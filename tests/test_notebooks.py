@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("ipykernel")
+pytest.importorskip("jupytext")
+pytest.importorskip("nbclient")
 import jupytext
 import nbformat
-import pytest
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -28,7 +32,9 @@ def test_text_and_notebook_agree(path: Path) -> None:
 @pytest.mark.optimized
 @pytest.mark.filterwarnings("ignore")  # of the Jupyter machinery; the notebook runs in a process of its own
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.usefixtures("timm_models")  # they start from timm's weights
 def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
     notebook = jupytext.read(path)
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": FOLDER}}).execute()

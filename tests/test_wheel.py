@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import skimage
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,7 +38,7 @@ def test_an_installed_wheel_classifies_and_converts(tiny_timm_file: Path, tmp_pa
     command = site / "bin" / "dpn-jax"
     ours = tmp_path / "ours.safetensors"
     assert "flax layout" in run(command, "convert", tiny_timm_file, ours)
-    photo = Path(skimage.__file__).parent / "data" / "coffee.png"
+    photo = ROOT / "samples" / "cat.jpg"
     assert run(command, "classify", photo, "--weights", ours, "--top-k", 1).count("%") == 1
     assert "dpn92.mx_in1k" in run(command, "models")
     assert "on cpu, " in run(command, "export", "tiny.jaxexport", "--weights", ours, "--platforms", "cpu")

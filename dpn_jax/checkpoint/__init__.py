@@ -1,1 +1,1 @@
-"""From files to models and back."""
+"""From files to models and back: `open`, `load` and `save`, on top of `names`, `hub` and `files`."""

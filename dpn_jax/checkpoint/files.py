@@ -1,10 +1,9 @@
-"""Files of named tensors: safetensors, one file or sharded, and PyTorch's own; read lazily, written atomically.
+"""Files of named tensors: safetensors and PyTorch's, read lazily; safetensors, written atomically.
 
 What the names mean is for `dpn_jax.checkpoint.names`.
 """
 
 import contextlib
-import hashlib
 import importlib
 import json
 import os
@@ -25,18 +24,26 @@ from dpn_jax.checkpoint.names import Shape
 from dpn_jax.errors import CheckpointError, reason
 
 # safetensors' names, in the order in which its own writer sorts tensors (widest first, so that all are aligned)
-_DTYPES: dict[np.dtype, str] = {
+DTYPES: dict[np.dtype, str] = {
     np.dtype(dtype): name
     for dtype, name in (
+        (np.uint64, "U64"),
         (np.int64, "I64"),
         (np.float64, "F64"),
+        (np.complex64, "C64"),
         (np.float32, "F32"),
+        (np.uint32, "U32"),
         (np.int32, "I32"),
         (ml_dtypes.bfloat16, "BF16"),
         (np.float16, "F16"),
+        (np.uint16, "U16"),
+        (np.int16, "I16"),
+        (np.int8, "I8"),
+        (np.uint8, "U8"),
+        (np.bool_, "BOOL"),
     )
 }
-_DTYPE_ORDER = list(_DTYPES)
+_DTYPE_ORDER = list(DTYPES)
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order: the average first
 _PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
 
@@ -47,71 +54,32 @@ class LazyTensor(NamedTuple):
     shape: Shape
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    file_name: str = ""
+    """What the file calls the tensor, where that differs from the name it is kept under."""
 
 
-class FileStamp(NamedTuple):
-    """A file as it was at one moment."""
+class TensorFile(NamedTuple):
+    """The content of a checkpoint's file."""
 
-    path: str
-    size: int
-    """Bytes."""
-    modified: int
-    """Nanoseconds since 1970."""
-
-    @classmethod
-    def of(cls, path: str | Path) -> "FileStamp":
-        """The file as it is now."""
-        status = Path(path).stat()
-        return cls(str(path), status.st_size, status.st_mtime_ns)
-
-
-class TensorFile(Mapping[str, LazyTensor]):
-    """The tensors of a checkpoint by name.
-
-    Attributes:
-      paths: the files that hold them.
-      metadata: safetensors' free-text metadata.
-      notes: what was unwrapped on the way, one sentence each.
-    """
-
-    def __init__(
-        self,
-        tensors: Mapping[str, LazyTensor],
-        *,
-        paths: tuple[Path, ...],
-        metadata: Mapping[str, str] | None = None,
-        notes: tuple[str, ...] = (),
-    ) -> None:
-        self._tensors = dict(tensors)
-        self.paths = paths
-        self.metadata = dict(metadata or {})
-        self.notes = notes
-
-    def __getitem__(self, name: str) -> LazyTensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+    path: Path
+    tensors: dict[str, LazyTensor]
+    metadata: dict[str, str]
+    """safetensors' free-text metadata."""
+    notes: tuple[str, ...]
+    """What was unwrapped on the way, one sentence each."""
 
     @property
     def shapes(self) -> dict[str, Shape]:
         """Every tensor's shape by name."""
-        return {name: tensor.shape for name, tensor in self._tensors.items()}
-
-    def stamps(self) -> tuple[FileStamp, ...]:
-        """What tells whether the files have changed since."""
-        return tuple(FileStamp.of(path) for path in self.paths)
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
 
 
 def read_tensors(path: Path) -> TensorFile:
     """Opens a checkpoint; the format is told from the content, not from the name.
 
     Args:
-      path: a safetensors file, the `.index.json` of a sharded one, or a `.pth`/`.bin` file (which needs torch, and is
-        read with `torch.load(weights_only=True)` only: no code in it runs).
+      path: a safetensors file, or a `.pth`/`.bin` file (which needs torch, and is read with
+        `torch.load(weights_only=True)` only: no code in it runs).
 
     Returns:
       The tensors, `module.` and `_orig_mod.` stripped from their names.
@@ -120,23 +88,20 @@ def read_tensors(path: Path) -> TensorFile:
       CheckpointError: the file is missing, damaged, malicious or of another kind.
     """
     try:
-        return _without_prefixes(_read_sharded(path) if path.name.endswith(".json") else _read_file(path))
+        if not path.is_file():
+            raise CheckpointError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
+        if path.suffix == ".json":
+            raise CheckpointError(
+                f"{path}: holds no weights, and sharded checkpoints (.index.json) are not supported; "
+                "pass all weights as one .safetensors or .pth file"
+            )
+        with path.open("rb") as file:
+            start = file.read(9)
+        # safetensors begin with 8 bytes of length, which may look like anything, and a brace
+        is_pickle = start.startswith((b"\x80", b"PK")) and not start.endswith(b"{")
+        return _strip_prefixes(_read_torch(path) if is_pickle else _read_safetensors(path))
     except OSError as error:
         raise CheckpointError(f"{path}: {reason(error)}") from error
-
-
-def _read_file(path: Path) -> TensorFile:
-    _check_is_file(path)
-    with path.open("rb") as file:
-        start = file.read(9)
-    # safetensors begin with 8 bytes of length, which may look like anything, and a brace
-    is_pickle = start.startswith((b"\x80", b"PK")) and not start.endswith(b"{")
-    return _read_torch(path) if is_pickle else _read_safetensors(path)
-
-
-def _check_is_file(path: Path) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
 
 
 def _read_safetensors(path: Path) -> TensorFile:
@@ -150,11 +115,11 @@ def _read_safetensors(path: Path) -> TensorFile:
         tensors = {name: _lazy_mapped(mapped, start, **fields) for name, fields in header.items()}
     except (safetensors.SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({reason(error)})") from error
-    return TensorFile(tensors, paths=(path,), metadata=metadata)
+    return TensorFile(path, tensors, metadata or {}, ())
 
 
 def _lazy_mapped(mapped: np.memmap, start: int, *, dtype: str, shape: list[int], data_offsets: list[int]) -> LazyTensor:
-    known = {code: dtype for dtype, code in _DTYPES.items()}
+    known = {code: dtype for dtype, code in DTYPES.items()}
     if dtype not in known:
         raise ValueError(f"a tensor has dtype {dtype}; expected one of {', '.join(known)}")
     offset = start + data_offsets[0]
@@ -168,26 +133,6 @@ def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
         names = [name for name, _ in pairs]
         raise ValueError(f"the header has {next(name for name in names if names.count(name) > 1)!r} twice")
     return fields
-
-
-def _read_sharded(path: Path) -> TensorFile:
-    _check_is_file(path)
-    try:
-        shards = json.loads(path.read_bytes())["weight_map"]
-        names = sorted(set(shards.values()))
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError("it names files outside its folder")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not an index of sharded safetensors ({reason(error)})") from error
-    tensors: dict[str, LazyTensor] = {}
-    for name in names:
-        for tensor, value in _read_file(path.with_name(name)).items():
-            if shards.get(tensor) != name:
-                raise CheckpointError(f"{path}: {name} holds {tensor!r}, which the index places elsewhere")
-            tensors[tensor] = value
-    if absent := sorted(shards.keys() - tensors.keys()):
-        raise CheckpointError(f"{path}: {shards[absent[0]]} lacks {absent[0]!r}, which the index promises")
-    return TensorFile(tensors, paths=tuple(path.with_name(name) for name in names))
 
 
 def _read_torch(path: Path) -> TensorFile:
@@ -219,12 +164,12 @@ def _read_torch(path: Path) -> TensorFile:
         raise
     except Exception as error:  # torch's readers raise whatever a damaged file makes them stumble over
         raise CheckpointError(f"{path}: not a readable PyTorch file ({reason(error)})") from error
-    return TensorFile(tensors, paths=(path,), notes=tuple(notes))
+    return TensorFile(path, tensors, {}, tuple(notes))
 
 
 def _lazy_torch(path: Path, name: str, tensor: object) -> LazyTensor:
     code = str(tensor.dtype).removeprefix("torch.")
-    dtypes = {dtype.name: dtype for dtype in _DTYPES}
+    dtypes = {dtype.name: dtype for dtype in DTYPES}
     if code not in dtypes:
         raise CheckpointError(f"{path}: {name} has dtype {code}; expected one of {', '.join(dtypes)}")
     tensor = tensor.detach()
@@ -235,30 +180,22 @@ def _lazy_torch(path: Path, name: str, tensor: object) -> LazyTensor:
     return LazyTensor(array.shape, array.dtype, lambda: array)
 
 
-def _without_prefixes(file: TensorFile) -> TensorFile:
-    tensors, notes = dict(file), list(file.notes)
+def _strip_prefixes(file: TensorFile) -> TensorFile:
+    tensors, notes = file.tensors, list(file.notes)
     while prefix := next((p for p in _PREFIXES if tensors and all(name.startswith(p) for name in tensors)), None):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         notes.append(f"stripped {prefix!r} from every name")
-    return TensorFile(tensors, paths=file.paths, metadata=file.metadata, notes=tuple(notes))
-
-
-def sha256(paths: Iterable[str | Path]) -> str:
-    """SHA-256 of a file, or of the files of a sharded checkpoint one after the other, in hexadecimal."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with Path(path).open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
+    return file._replace(tensors=tensors, notes=tuple(notes))
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], *, overwrite: bool = False
 ) -> None:
-    """Writes one safetensors file, atomically and a tensor at a time, byte for byte as the library would.
+    """Writes a safetensors file, atomically and a tensor at a time, in the library's layout.
 
-    The library's own writer wants every tensor in memory at once; here a conversion needs no more than its source.
+    The library's own writer wants every tensor in memory at once, and orders the metadata at random, so that no two
+    files are alike. Here a conversion needs little more memory than its source has, and the same model gives the same
+    bytes.
 
     Args:
       path: the file to write.
@@ -282,9 +219,9 @@ def _serialized(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) 
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name in order:
-        shape, dtype, _ = tensors[name]
+        shape, dtype = tensors[name][:2]
         start, end = end, end + dtype.itemsize * int(np.prod(shape))
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text

@@ -6,7 +6,6 @@ the client's environment variables work as everywhere.
 
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from dpn_jax.config import POOLS, VARIANTS, unknown_name_message
 from dpn_jax.errors import CheckpointError, reason
 from dpn_jax.pretrained import PRETRAINED, Preprocessing
 
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # timm's order of preference
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # timm's order of preference
 _PREFIXES = ("hf-hub:", "hf_hub:")
 
 
@@ -22,19 +21,19 @@ class Located(NamedTuple):
     """A checkpoint's file and what is known about it."""
 
     weights: Path
-    """The file to read: safetensors, the index of a sharded one, or PyTorch's."""
+    """The file to read, safetensors or PyTorch's."""
     source: str
     """The tag, hub id with its commit, or file name: what a reader of a saved model wants to know."""
     variant: str | None = None
-    """The architecture's name, where the source tells it."""
+    """The architecture's name, where the source gives it."""
     preprocessing: Preprocessing | None = None
     class_names: tuple[str, ...] | None = None
     global_pool: str | None = None
-    """The pool, where the weights were trained with another one than the variant's."""
+    """The pool that the weights were trained with, where the source gives it."""
 
 
 def locate(source: str | Path, *, revision: str | None = None) -> Located:
-    """Turns what a user names into a file on this machine, downloading it where needed.
+    """Finds the file that a user names, downloading it where needed.
 
     Args:
       source: a pretrained tag ('dpn92.mx_in1k'; 'dpn_tiny.digits' comes with this package), a hub id
@@ -98,7 +97,7 @@ def _download(repository: str, revision: str | None) -> Located:
     unreachable: Exception | None = None
 
     def fetch(filename: str) -> Path | None:
-        """None where it is not; once the hub did not answer, only the cache is asked for the other files."""
+        """None where there is no such file; after a hub that did not answer, only the cache is asked."""
         nonlocal unreachable
         only_cache = unreachable is not None
         try:
@@ -111,23 +110,15 @@ def _download(repository: str, revision: str | None) -> Located:
             return Path(path)
         return None
 
-    def fetch_first(filenames: Iterable[str]) -> Path:
-        if path := next((path for filename in filenames if (path := fetch(filename))), None):
-            return path
-        if unreachable:
-            raise unreachable
-        raise CheckpointError(f"{repository}: has none of {', '.join(filenames)} on the hub")
-
     try:
         if tag := PRETRAINED.get(repository.removeprefix("timm/")):
             described = {"variant": tag.variant, "preprocessing": tag.preprocessing}
-        else:  # before the weights, since it may tell that they are not a DPN's; our own files do without it
+        else:  # before the weights, since it may say that they are not a DPN's; our own files need none
             config = fetch("config.json")
             described = _read_config(config) if config else {}
-        weights = fetch_first(_WEIGHTS)
-        if weights.name.endswith(".index.json"):
-            for shard in sorted(set(json.loads(weights.read_bytes())["weight_map"].values())):
-                fetch_first([shard])
+        weights = next((path for name in _WEIGHTS if (path := fetch(name))), None)
+        if weights is None:
+            raise unreachable or CheckpointError(f"{repository}: has none of {', '.join(_WEIGHTS)} on the hub")
     except CheckpointError:
         raise
     except errors.LocalEntryNotFoundError as error:
@@ -146,7 +137,7 @@ def _download(repository: str, revision: str | None) -> Located:
 
 
 def _read_config(path: Path) -> dict[str, object]:
-    """What timm's `config.json` tells; old ones have the fields of `pretrained_cfg` at the top."""
+    """The fields of timm's `config.json`; old ones have those of `pretrained_cfg` at the top."""
     try:
         config = json.loads(path.read_bytes())
         fields = config.get("pretrained_cfg", config)

@@ -1,12 +1,12 @@
 """timm's parameter names and layouts and ours, side by side: an explicit, bijective table made from the config.
 
 numpy and `dpn_jax.config` only. timm keeps the names of its first release (`features.conv3_1.c1x1_w_s2.bn.weight`),
-where the stage count starts at 2 and a projection's name tells its stride; ours are the attributes of `dpn_jax.model`.
+where stages are counted from 2 and a projection's name contains its stride; ours are the attributes of `dpn_jax.model`.
 """
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -52,7 +52,7 @@ class Entry(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def table(config: DPNConfig) -> tuple[Entry, ...]:
+def name_table(config: DPNConfig) -> tuple[Entry, ...]:
     """Every tensor of a model, in timm's order.
 
     Args:
@@ -63,7 +63,7 @@ def table(config: DPNConfig) -> tuple[Entry, ...]:
 
     Example:
       >>> from dpn_jax.pretrained import get_config
-      >>> table(get_config("dpn92"))[0]
+      >>> name_table(get_config("dpn92"))[0]
       Entry(timm='features.conv1_1.conv.weight', flax='stem.conv.kernel', timm_shape=(64, 3, 7, 7))
 
     Source: `timm.models.dpn.DPN.__init__`.
@@ -112,14 +112,14 @@ def _norm(timm: str, flax: str, channels: int) -> Iterator[Entry]:
 
 
 def to_flax(entry: Entry, array: np.ndarray) -> np.ndarray:
-    """One tensor from timm's layout to Flax's; a view. A 2-D classifier is accepted."""
+    """Transposes one tensor from timm's layout to Flax's; a view. A 2-D classifier is accepted."""
     if not entry.is_kernel:
         return array
     return array.reshape(entry.timm_shape).transpose(2, 3, 1, 0)
 
 
 def to_timm(entry: Entry, array: np.ndarray) -> np.ndarray:
-    """One tensor from Flax's layout to timm's; a view, but for counters, which timm keeps in int64."""
+    """Transposes one tensor from Flax's layout to timm's; a view, except for counters, which timm keeps in int64."""
     if entry.is_counter:
         return array.astype(np.int64, copy=False)
     return array.transpose(3, 2, 0, 1) if entry.is_kernel else array
@@ -140,6 +140,42 @@ def check(config: DPNConfig, shapes: Mapping[str, Shape]) -> None:
     Raises:
       CheckpointError: anything is missing, unknown or misshaped; the message lists all of it and guesses the variant.
     """
+    missing, unknown, misshaped = differences = _differences(config, shapes)
+    if any(differences):
+        variant, share = likely_variant(shapes)
+        is_other = share > 0.5 and variant != variant_of(config)
+        hint = f"; the file looks like {variant}'s weights" if is_other else ""
+        listed = {"missing": missing, "unknown": unknown, "misshaped": misshaped}
+        raise CheckpointError(
+            f"the tensors do not fit the architecture: {list_differences(listed, hint)}",
+            missing=missing,
+            unknown=unknown,
+            misshaped=misshaped,
+        )
+
+
+def list_differences(differences: Mapping[str, Sequence[str]], hint: str = "") -> str:
+    """Words differences: one line with their numbers and the first of each kind, then all of them.
+
+    Args:
+      differences: by kind.
+      hint: ends the first line.
+
+    Example:
+      >>> print(list_differences({"missing": ["a", "b"], "unknown": []}))
+      2 missing (first: a)
+      missing:
+        a
+        b
+    """
+    found = {kind: names for kind, names in differences.items() if names}
+    counts = ", ".join(f"{len(names)} {kind} (first: {names[0]})" for kind, names in found.items())
+    details = "".join(f"\n{kind}:\n  " + "\n  ".join(names) for kind, names in found.items())
+    return f"{counts}{hint}{details}"
+
+
+def _differences(config: DPNConfig, shapes: Mapping[str, Shape]) -> tuple[tuple[str, ...], ...]:
+    """The tensors that are missing, unknown, and misshaped, sorted."""
     expected = _expected_shapes(config, timm=is_timm(shapes))
     optional = {name for name, shape in expected.items() if shape == ()}
     missing = sorted(expected.keys() - shapes.keys() - optional)
@@ -149,27 +185,7 @@ def check(config: DPNConfig, shapes: Mapping[str, Shape]) -> None:
         for name, shape in expected.items()
         if name in shapes and tuple(shapes[name]) not in (shape, _flat_classifier(name, shape))
     )
-    if not (missing or unknown or misshaped):
-        return
-    counts = ", ".join(
-        f"{len(names)} {kind} (first: {names[0]})"
-        for kind, names in (("missing", missing), ("unknown", unknown), ("misshaped", misshaped))
-        if names
-    )
-    variant, share = likely_variant(shapes)
-    is_other = share > 0.5 and variant != variant_of(config)
-    hint = f"; the file looks like {variant}'s weights" if is_other else ""
-    details = "".join(
-        f"\n{kind}:\n  " + "\n  ".join(names)
-        for kind, names in (("missing", missing), ("unknown", unknown), ("misshaped", misshaped))
-        if names
-    )
-    raise CheckpointError(
-        f"the tensors do not fit the architecture: {counts}{hint}{details}",
-        missing=tuple(missing),
-        unknown=tuple(unknown),
-        misshaped=tuple(misshaped),
-    )
+    return tuple(missing), tuple(unknown), tuple(misshaped)
 
 
 def likely_variant(shapes: Mapping[str, Shape]) -> tuple[str, float]:
@@ -192,35 +208,38 @@ def infer_config(shapes: Mapping[str, Shape]) -> DPNConfig:
     """Recovers the architecture from the names and shapes of timm's tensors.
 
     A variant is recognized whatever its classifier and input channels are. For other architectures the activation of
-    the stem and the final norm, which leaves no trace, is taken to be ReLU.
+    the stem and the final norm, which leaves no trace, is taken to be ReLU. For a damaged file it is the most similar
+    variant, so that `check` can say in full what is wrong.
 
     Args:
       shapes: timm's shape by timm's name.
 
     Raises:
-      CheckpointError: what is there is no DPN, or not a whole one.
+      CheckpointError: what is there is no DPN.
 
     Example:
       >>> from dpn_jax.pretrained import get_config
-      >>> shapes = {entry.timm: entry.timm_shape for entry in table(get_config("dpn107"))}
+      >>> shapes = {entry.timm: entry.timm_shape for entry in name_table(get_config("dpn107"))}
       >>> infer_config(shapes) == get_config("dpn107")
       True
     """
+    config, problem = None, ""
     try:
         config = _recover(shapes)
-        check(config, shapes)
-        return config
+        if not any(_differences(config, shapes)):
+            return config
     except (ValueError, ArithmeticError) as error:
-        variant, share = likely_variant(shapes)
-        if share > 0.5:
-            check(with_ends_of(VARIANTS[variant], shapes), shapes)  # says in full what is wrong with it
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"these are not the tensors of a DPN: {error}") from None
+        problem = str(error)
+    variant, share = likely_variant(shapes)
+    if share > 0.5:
+        return match_input_and_head(VARIANTS[variant], shapes)
+    if config is None:
+        raise CheckpointError(f"these are not the tensors of a DPN: {problem}")
+    return config
 
 
-def with_ends_of(config: DPNConfig, shapes: Mapping[str, Shape]) -> DPNConfig:
-    """`config` with the input channels, the classes and the pool's width that the tensors (timm's names) have."""
+def match_input_and_head(config: DPNConfig, shapes: Mapping[str, Shape]) -> DPNConfig:
+    """`config` with the input channels, the classes and the pool's width of a checkpoint (timm's names and shapes)."""
     changes: dict[str, object] = {}
     if len(stem := shapes.get("features.conv1_1.conv.weight", ())) == 4 and stem[1]:
         changes["in_channels"] = stem[1]
@@ -236,7 +255,7 @@ def with_ends_of(config: DPNConfig, shapes: Mapping[str, Shape]) -> DPNConfig:
 
 
 def _recover(shapes: Mapping[str, Shape]) -> DPNConfig:
-    """Reads the sizes off the first blocks; whether the rest agrees is for `check` to say."""
+    """Reads the sizes off the first blocks; `check` compares the rest."""
 
     def shape(name: str) -> Shape:
         if len(shapes.get(f"features.{name}.weight", ())) != 4:
@@ -272,13 +291,17 @@ def _recover(shapes: Mapping[str, Shape]) -> DPNConfig:
         split_expand=split,
     )
     silu = config.replace(outer_activation="silu")
-    return with_ends_of(silu if variant_of(silu) else config, shapes)
+    return match_input_and_head(silu if variant_of(silu) else config, shapes)
 
 
 def _expected_shapes(config: DPNConfig, *, timm: bool) -> dict[str, Shape]:
-    return {e.timm: e.timm_shape for e in table(config)} if timm else {e.flax: e.flax_shape for e in table(config)}
+    return (
+        {e.timm: e.timm_shape for e in name_table(config)}
+        if timm
+        else {e.flax: e.flax_shape for e in name_table(config)}
+    )
 
 
 def _flat_classifier(name: str, shape: Shape) -> Shape:
-    """The other shape in which timm's classifier comes: old checkpoints have it 2-D."""
+    """The other shape that timm's classifier may have: it is 2-D in old checkpoints."""
     return shape[:2] if name == "classifier.weight" else shape

@@ -1,4 +1,4 @@
-"""What JAX compiles is kept for the next run of the command."""
+"""JAX's persistent compilation cache, so that the next run of the command compiles nothing again."""
 
 import os
 import warnings
@@ -10,10 +10,10 @@ import jax
 def keep_compiled() -> None:
     """Switches JAX's persistent compilation cache on, in the user's cache folder.
 
-    The environment's own choice stays: `JAX_COMPILATION_CACHE_DIR`, or `JAX_ENABLE_COMPILATION_CACHE=0` for none. Where
-    the folder cannot be written, everything works as without it. JAX keeps what took a second to compile.
+    The environment takes precedence: `JAX_COMPILATION_CACHE_DIR`, or `JAX_ENABLE_COMPILATION_CACHE=0` for no cache. If
+    the folder cannot be written, the command runs without a cache. JAX stores what took at least a second to compile.
     """
-    # an entry that cannot be read or written costs a compilation, and is not worth two lines of warning
+    # an entry that cannot be read or written costs one compilation, which needs no warning
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
     if jax.config.jax_compilation_cache_dir is not None:
         return

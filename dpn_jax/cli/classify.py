@@ -7,19 +7,12 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
-from dpn_jax.cli.options import ClassifierOptions
-from dpn_jax.cli.output import (
-    DONE,
-    NOTHING_DONE,
-    SOME_FAILED,
-    Format,
-    note,
-    note_throughput,
-    progress,
-)
+from dpn_jax.cli.options import ClassifierOptions, option
+from dpn_jax.cli.output import DONE, NOTHING_DONE, SOME_FAILED, Format, note, note_throughput, progress
 from dpn_jax.errors import ImageError, shown
 from dpn_jax.images.folders import image_files
 from dpn_jax.inference.classifier import Prediction
@@ -27,17 +20,17 @@ from dpn_jax.inference.classifier import Prediction
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Classify(ClassifierOptions):
-    """Name what is on photos."""
+    """Classify photos."""
 
-    images: tyro.conf.Positional[tuple[str, ...]]
-    """Photos, and folders of photos."""
-    top_k: int | None = None
-    """How many classes to name; left out 5, or all of fewer."""
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, option("IMAGE_OR_FOLDER...", hint="(required)")]
+    """Photos, or folders of photos."""
+    top_k: Annotated[int | None, option("K", "5, or fewer if the model has fewer classes")] = None
+    """Number of classes to print per image."""
     format: Format = "table"
-    """table for people; json (one object a line) or csv for programs."""
+    """table for people; json (one object per line) or csv for programs."""
 
     def run(self) -> int:
-        """Classifies, and prints as it goes."""
+        """Classifies the images and prints each batch as it is done."""
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"--top-k must be at least 1, got {self.top_k}")
         self.check()
@@ -68,7 +61,7 @@ class Classify(ClassifierOptions):
         return SOME_FAILED if failures else DONE
 
     def _found(self) -> Iterator[str | ImageError]:
-        """The files that are meant, and an error for each folder without any."""
+        """Yields the files, and an error for each folder without images."""
         for name in self.images:
             if not Path(name).is_dir():
                 yield name
@@ -79,7 +72,7 @@ class Classify(ClassifierOptions):
 
 
 def print_header(format: Format) -> None:
-    """The first line of a CSV table."""
+    """Prints the first line of a CSV table."""
     if format == "csv":
         csv.writer(sys.stdout, lineterminator="\n").writerow(
             ["image", "rank", "index", "synset", "label", "probability"]
@@ -87,7 +80,7 @@ def print_header(format: Format) -> None:
 
 
 def print_predictions(path: str, predictions: Sequence[Prediction], format: Format) -> None:
-    """Prints what is on one image."""
+    """Prints the classes of one image."""
     if format == "json":
         print(json.dumps({"image": path, "predictions": [prediction._asdict() for prediction in predictions]}))
     elif format == "csv":

@@ -2,12 +2,12 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from dpn_jax.checkpoint.load import convert
-from dpn_jax.cli.options import Dtype
+from dpn_jax.checkpoint.save import convert
+from dpn_jax.cli.options import Dtype, option
 from dpn_jax.cli.output import DONE
 from dpn_jax.config import variant_of
 from dpn_jax.errors import shown
@@ -15,27 +15,27 @@ from dpn_jax.errors import shown
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Rewrite weights from timm's layout to ours, or back; needs no torch where the source is safetensors."""
+    """Convert weights from timm's layout to Flax's, or back."""
 
-    source: tyro.conf.Positional[str]
-    """A file, a folder with config.json and weights, a tag or a hub id."""
-    destination: tyro.conf.Positional[str]
+    source: Annotated[str, tyro.conf.Positional, option("SOURCE")]
+    """A file (.pth and .bin need torch), a folder with config.json and weights, a tag or a hub id."""
+    destination: Annotated[str, tyro.conf.Positional, option("DESTINATION")]
     """The .safetensors file to write."""
-    to: Literal["flax", "timm"] | None = None
-    """The layout to write; the other one than the source's when left out."""
-    model: str | None = None
-    """The variant, when it should not be recognized from the file."""
-    dtype: Dtype | None = None
-    """Cast the weights; kept as they are when left out."""
-    revision: str | None = None
+    to: Annotated[Literal["flax", "timm"] | None, option("{flax,timm}", "the one that SOURCE is not in")] = None
+    """The layout to write."""
+    model: Annotated[str | None, option("VARIANT", "that of SOURCE")] = None
+    """The architecture."""
+    dtype: Annotated[Dtype | None, option("{float32,bfloat16,float16}", "that of SOURCE")] = None
+    """Dtype of the weights to write."""
+    revision: Annotated[str | None, option("REVISION")] = None
     """Branch, tag or commit on the hub."""
     force: bool = False
-    """Overwrite an existing destination."""
+    """Overwrite an existing DESTINATION."""
     allow_nonfinite: bool = False
-    """Take weights with NaN, infinity or negative variances."""
+    """Accept weights with NaN, infinity or negative variances."""
 
     def run(self) -> int:
-        """Converts, and says what was written."""
+        """Converts and prints what was written."""
         read = convert(
             self.source,
             self.destination,
@@ -49,5 +49,5 @@ class Convert:
         layout = self.to or ("flax" if read.is_timm else "timm")
         variant = variant_of(read.config) or "a custom DPN"
         size = Path(self.destination).stat().st_size
-        print(f"{shown(self.destination)}: {variant}, {len(read.file)} tensors in {layout} layout, {size:,} bytes")
+        print(f"{shown(self.destination)}: {variant}, {len(read.tensors)} tensors in {layout} layout, {size:,} bytes")
         return DONE

@@ -1,24 +1,32 @@
 """`dpn-jax evaluate`."""
 
 import contextlib
-import csv
 import dataclasses
-import json
-import sys
+from typing import Annotated
 
 import tyro
 
 from dpn_jax.cli.options import ClassifierOptions
-from dpn_jax.cli.output import DONE, NOTHING_DONE, SOME_FAILED, Format, note, note_throughput, progress
+from dpn_jax.cli.output import (
+    DONE,
+    NOTHING_DONE,
+    SOME_FAILED,
+    Format,
+    note,
+    note_throughput,
+    print_rows,
+    progress,
+    text_table,
+)
 from dpn_jax.inference.evaluation import labeled_images, score
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate(ClassifierOptions):
-    """Measure top-1 and top-5 over a folder of class folders."""
+    """Measure top-1 and top-5 accuracy on a folder of class folders."""
 
-    folder: tyro.conf.Positional[str]
-    """Holds a folder of images for each class, named by its label, its ImageNet synset, or its number from 0."""
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """Holds one folder of images per class, named by label, WordNet synset or class index."""
     format: Format = "table"
     """table for people; json or csv for programs."""
 
@@ -50,15 +58,7 @@ class Evaluate(ClassifierOptions):
 
 
 def print_row(row: dict[str, float | None], format: Format) -> None:
-    """Prints one row with its names."""
-    if format == "json":
-        print(json.dumps(row))
-    elif format == "csv":
-        writer = csv.DictWriter(sys.stdout, row, lineterminator="\n")
-        writer.writeheader()
-        writer.writerow(row)
-    else:
-        top1, top5 = f"{row['top1']:.3f}%", f"{row['top5']:.3f}%"
-        rate = "-" if row["images_per_second"] is None else f"{row['images_per_second']:.1f}"
-        print(f"{'images':>8}{'failed':>8}{'top-1':>10}{'top-5':>10}{'images/s':>10}")
-        print(f"{row['images']:>8}{row['failed']:>8}{top1:>10}{top5:>10}{rate:>10}")
+    """Prints an evaluation."""
+    rate = "-" if row["images_per_second"] is None else f"{row['images_per_second']:.1f}"
+    cells = (row["images"], row["failed"], f"{row['top1']:.3f}%", f"{row['top5']:.3f}%", rate)
+    print_rows([row], format, text_table(("images", "failed", "top-1", "top-5", "images/s"), [cells]))

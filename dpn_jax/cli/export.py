@@ -2,11 +2,11 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from dpn_jax.cli.options import ModelOptions
+from dpn_jax.cli.options import ModelOptions, option
 from dpn_jax.cli.output import DONE, describe
 from dpn_jax.errors import shown
 from dpn_jax.inference.export import Platform, export_model
@@ -14,22 +14,19 @@ from dpn_jax.inference.export import Platform, export_model
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export(ModelOptions):
-    """Write a model as one file of StableHLO, weights included, which JAX runs without this package.
+    """Export a model and its weights as one file that JAX runs without dpn_jax."""
 
-    For one platform it is that platform's fast form, for several a portable one.
-    """
-
-    destination: tyro.conf.Positional[str]
+    destination: Annotated[str, tyro.conf.Positional, option("DESTINATION")]
     """The file to write, usually *.jaxexport."""
     platforms: tuple[Platform, ...] = ("tpu", "cuda", "cpu")
-    """Where it is to run."""
+    """Where the file will run: one platform gets its fast form, several get a portable one."""
     batch_size: int | Literal["symbolic"] = "symbolic"
-    """Images in a batch; symbolic is any number."""
+    """Images per batch; symbolic means any number."""
     force: bool = False
-    """Overwrite an existing destination."""
+    """Overwrite an existing DESTINATION."""
 
     def run(self) -> int:
-        """Exports, and says what was written."""
+        """Exports and prints what was written."""
         model, settings = self.load()
         exported = export_model(
             model,

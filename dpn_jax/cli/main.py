@@ -1,4 +1,4 @@
-"""The `dpn-jax` command. Results go to stdout, everything else to stderr; an error is one line, never a traceback."""
+"""The `dpn-jax` command: results go to stdout, everything else to stderr; an error is one line, never a traceback."""
 
 import _thread
 import contextlib
@@ -9,8 +9,11 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 
+import flax
+import jax
 import tyro
 
+import dpn_jax
 from dpn_jax.cli.cache import keep_compiled
 from dpn_jax.cli.classify import Classify
 from dpn_jax.cli.convert import Convert
@@ -18,7 +21,7 @@ from dpn_jax.cli.evaluate import Evaluate
 from dpn_jax.cli.export import Export
 from dpn_jax.cli.finetune import Finetune
 from dpn_jax.cli.models import Models
-from dpn_jax.cli.output import INTERRUPTED, NOTHING_DONE, SOME_FAILED, note
+from dpn_jax.cli.output import DONE, INTERRUPTED, NOTHING_DONE, SOME_FAILED, note
 from dpn_jax.errors import reason
 from dpn_jax.fast.memory import keep_freed_memory
 
@@ -36,15 +39,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-      arguments: the words after `dpn-jax`; those of this process when left out, which is then the command's own: what
-        JAX compiles is kept for its next run, and memory for its next call.
+      arguments: the words after `dpn-jax`; defaults to those of this process, which then also keeps compiled programs
+        for its next run and freed memory for its next call.
 
     Returns:
       The exit code: 0 done; 1 some inputs failed and the rest were done; 2 nothing could be done; 130 Ctrl-C.
     """
 
     def run() -> int:
-        command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="dpn-jax", args=arguments)
+        if (sys.argv[1:] if arguments is None else list(arguments)) == ["--version"]:
+            print(f"dpn_jax {dpn_jax.__version__} (jax {jax.__version__}, flax {flax.__version__})")
+            return DONE
+        command = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="dpn-jax",
+            description="Dual Path Networks in JAX; `dpn-jax --version` prints the versions.",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
         if arguments is None:
             keep_compiled()
             keep_freed_memory()
@@ -54,15 +66,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Calls `command`; what goes wrong becomes one line on stderr and an exit code.
+    """Calls `command` and turns an error into one line on stderr and an exit code.
 
     Args:
       command: returns an exit code.
+
+    Returns:
+      The exit code, as `main`.
     """
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on odd files that are read all the same
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow warns about odd files that it reads correctly
     logging.basicConfig(format="dpn-jax: %(message)s", level=logging.WARNING)
-    with contextlib.suppress(AttributeError):  # a replaced stdout
-        sys.stdout.reconfigure(errors="surrogateescape")  # file names come out as the bytes that they are
+    with contextlib.suppress(AttributeError):  # stdout may have been replaced by another object
+        sys.stdout.reconfigure(errors="surrogateescape")  # prints file names that are not UTF-8 as their bytes
     hook = sys.unraisablehook
     ours = sys.unraisablehook = lambda lost: interrupt_again(lost) or hook(lost)
     try:
@@ -72,14 +87,14 @@ def guarded(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         note("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:  # the reader has gone, as `| head` does: nobody is left to tell
+    except BrokenPipeError:  # the reader of the pipe has exited, as in `dpn-jax ... | head`
         abandon_stdout()
         return SOME_FAILED
     except OSError as error:
         abandon_stdout()
         note(f"{error.filename or 'output'}: {reason(error)}")
         return NOTHING_DONE
-    except ValueError as error:  # CheckpointError and ImageError are too
+    except ValueError as error:  # includes the package's own exceptions
         note(str(error).split("\n")[0])
         return NOTHING_DONE
     finally:
@@ -88,22 +103,21 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def interrupt_again(lost: "sys.UnraisableHookArgs") -> bool:
-    """Sends a Ctrl-C again that Python has dropped, as it came while a destructor or JAX's hook of the garbage
-    collector ran, which nothing can be raised from.
+    """Repeats a Ctrl-C that Python dropped because it came during a destructor or JAX's garbage collection callback.
 
     Args:
-      lost: what `sys.unraisablehook` is told.
+      lost: the argument of `sys.unraisablehook`.
 
     Returns:
-      Whether it was one.
+      Whether it was a Ctrl-C.
     """
-    was_one = issubclass(lost.exc_type, KeyboardInterrupt)
-    if was_one:
-        threading.Timer(0.01, _thread.interrupt_main).start()  # once that code is left
-    return was_one
+    interrupted = issubclass(lost.exc_type, KeyboardInterrupt)
+    if interrupted:
+        threading.Timer(0.01, _thread.interrupt_main).start()  # after the destructor or callback has returned
+    return interrupted
 
 
 def abandon_stdout() -> None:
-    """Keeps the interpreter from failing once more when it flushes stdout at its end."""
+    """Keeps the interpreter from failing again when it flushes stdout at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,13 +1,15 @@
-"""Options that several commands have, and what becomes of them."""
+"""Options that several commands share: which model, and how photos are run through it."""
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
+import tyro
 
 from dpn_jax.checkpoint.load import from_pretrained
 from dpn_jax.cli.output import describe, note
+from dpn_jax.errors import shown
 from dpn_jax.images.labels import read_labels
 from dpn_jax.images.transform import Transform
 from dpn_jax.inference.classifier import Classifier
@@ -19,30 +21,42 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 DEFAULT_TAG = "dpn92.mx_in1k"
 
 
+def option(metavar: str, default: str = "", *, hint: str = "") -> object:
+    """How the help shows an argument.
+
+    Args:
+      metavar: name of the value.
+      default: what None means, in words; defaults to nothing.
+      hint: what to show instead of a default.
+    """
+    hint = hint or (f"(defaults to {default})" if default else "")
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Which model, and the size of its images."""
 
-    model: str | None = None
-    """A pretrained tag or hub id (dpn92.mx_in1k when neither this nor --weights is given); beside --weights, the
-    architecture and preprocessing of that file."""
-    weights: str | None = None
-    """A file of weights: timm's or ours."""
-    revision: str | None = None
+    # one line each: tyro keeps the line breaks of longer ones
+    model: Annotated[str | None, option("TAG", f"{DEFAULT_TAG} without --weights")] = None
+    """A pretrained tag or hub id; with --weights, the architecture and preprocessing of FILE."""
+    weights: Annotated[str | None, option("FILE")] = None
+    """A file of weights, timm's or ours."""
+    revision: Annotated[str | None, option("REVISION")] = None
     """Branch, tag or commit on the hub."""
     dtype: Dtype = "float32"
     """Dtype of the arithmetic."""
-    image_size: int | None = None
-    """Side of the prepared images, pixels, at least 32."""
+    image_size: Annotated[int | None, option("PIXELS", "that of the weights")] = None
+    """Side of the prepared images, at least 32."""
     use_test_size: bool = False
-    """Prepare images at the larger size that timm tests some weights with."""
+    """Use the larger image size that timm tests some weights at."""
     test_time_pool: bool = False
     """Mean-max pooling over windows of the training size, for larger images."""
     allow_nonfinite: bool = False
-    """Take weights with NaN, infinity or negative variances."""
+    """Accept weights with NaN, infinity or negative variances."""
 
     def load(self) -> tuple[DPN, Preprocessing]:
-        """The model in eval mode, and how its images are prepared."""
+        """Loads the model, in eval mode, and the preprocessing of its images."""
         model = from_pretrained(
             Path(self.weights) if self.weights else self.model or DEFAULT_TAG,
             model=self.model if self.weights else None,
@@ -57,7 +71,7 @@ class ModelOptions:
             settings = (self.use_test_size and tag.test_preprocessing) or tag.preprocessing
         elif settings is None:
             settings = default_preprocessing(model.config)
-            note(f"{self.weights}: does not say how to prepare images; taking {describe(settings)} (see --model)")
+            note(f"{shown(self.weights or self.model)}: has no preprocessing; using {describe(settings)} (see --model)")
         if self.image_size is not None:
             settings = dataclasses.replace(settings, image_size=self.image_size)
         return model, settings
@@ -67,27 +81,27 @@ class ModelOptions:
 class ClassifierOptions(ModelOptions):
     """How photos are run through a model."""
 
-    labels: str | None = None
-    """A file with the name of each class, one a line."""
+    labels: Annotated[str | None, option("FILE", "those of the weights")] = None
+    """A text file with the name of each class, one per line."""
     batch_size: int = 16
-    """Images run at once."""
-    device: str | None = None
-    """Run on this kind of device: cpu, gpu, tpu."""
+    """Images per batch."""
+    device: Annotated[str | None, option("KIND", "JAX's default device")] = None
+    """Kind of device to run on: cpu, gpu or tpu."""
     exif: bool = False
-    """Turn photos as their EXIF orientation says; timm does not."""
+    """Apply the EXIF orientation of photos; timm does not."""
 
     def check(self) -> None:
-        """Refuses what is wrong whatever the model, before anything is loaded.
+        """Checks what does not depend on the model, before anything is loaded.
 
         Raises:
-          ValueError: an option is out of its range, or there is no such device.
+          ValueError: an option is out of range, or there is no such device.
         """
         if self.batch_size < 1:
             raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
         find_device(self.device)
 
     def classifier(self) -> Classifier:
-        """The loaded model as a classifier."""
+        """Loads the model as a classifier."""
         model, settings = self.load()
         return Classifier(
             model,
@@ -100,10 +114,10 @@ class ClassifierOptions(ModelOptions):
 
 
 def find_device(kind: str | None) -> jax.Device | None:
-    """The first device of a kind, or None for JAX's default.
+    """Finds the first device of a kind, or returns None for JAX's default.
 
     Raises:
-      ValueError: there is none; nothing falls back silently.
+      ValueError: there is no such device; there is no silent fallback.
     """
     if kind is None:
         return None

@@ -1,8 +1,10 @@
-"""What the commands print: results to stdout, everything else to stderr, and the exit code."""
+"""What the commands print: results to stdout, everything else to stderr, and the exit codes."""
 
 import contextlib
+import csv
+import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import tqdm
@@ -35,19 +37,32 @@ def text_table(head: Sequence[str], body: Iterable[Sequence[object]]) -> str:
     )
 
 
+def print_rows(rows: Sequence[Mapping[str, object]], format: Format, table: str) -> None:
+    """Prints rows as JSON, one object per line, or as CSV; or else `table`, which has the same rows for people."""
+    if format == "json":
+        for row in rows:
+            print(json.dumps(row))
+    elif format == "csv":
+        writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        print(table)
+
+
 def progress(items: Iterable[object], total: int, unit: str) -> Iterable[object]:
-    """A progress bar on a terminal's stderr, nothing elsewhere."""
+    """Shows a progress bar if stderr is a terminal."""
     return tqdm.tqdm(items, total=total, unit=unit, disable=None if total > 1 else True, file=sys.stderr)
 
 
 def note(message: str) -> None:
-    """One line on stderr, beside the progress bar."""
+    """Prints a line to stderr, above the progress bar if there is one."""
     with contextlib.suppress(OSError):
         tqdm.tqdm.write(f"dpn-jax: {message}", file=sys.stderr)
 
 
 def note_throughput(throughput: Throughput | None) -> None:
-    """Says how fast images went through and what held them up, where it could be told."""
+    """Prints how fast images were processed and what limited it, if that was measured."""
     if throughput is None:
         return
     limit, other = ("host", "device") if throughput.limit == "host" else ("device", "host")
@@ -56,7 +71,7 @@ def note_throughput(throughput: Throughput | None) -> None:
 
 
 def describe(settings: Preprocessing) -> str:
-    """A line about how images are prepared."""
+    """Preprocessing on one line."""
     mean, std = (" ".join(f"{value:.3f}" for value in values) for values in (settings.mean, settings.std))
     crop = f"{settings.image_size} pixels, crop {settings.crop_fraction:g}, {settings.interpolation}"
     return f"{crop}, mean {mean}, std {std}"

@@ -67,6 +67,8 @@ class FinetuneConfig:
     the norms of frozen layers always do."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the arithmetic; parameters are float32."""
+    fast: bool = True
+    """Run the backend's fast form; --no-fast runs the plain one, which any changed model needs."""
     remat: bool = False
     """Recompute blocks in the backward pass: less memory, more time."""
     image_size: int | None = None

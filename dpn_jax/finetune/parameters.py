@@ -118,4 +118,4 @@ def _stage(freeze: str) -> int:
 def _order(path: Path) -> tuple[int, ...]:
     """Sort key: the order of the modules in the network."""
     names = ("stem", "stages", "norm", "shortcut", "reduce", "grouped", "expand")
-    return tuple(names.index(key) if isinstance(key, str) else key for key in path)
+    return tuple(names.index(key) if key in names else len(names) if isinstance(key, str) else key for key in path)

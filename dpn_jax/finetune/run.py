@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from dpn_jax.checkpoint.load import from_pretrained, save
+from dpn_jax.checkpoint.load import from_pretrained
+from dpn_jax.checkpoint.save import save
 from dpn_jax.config import VARIANTS, DPNConfig, variant_of
 from dpn_jax.errors import RunError, reason
 from dpn_jax.finetune.config import FinetuneConfig

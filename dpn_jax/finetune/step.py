@@ -14,13 +14,15 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from dpn_jax.config import DPNConfig
-from dpn_jax.fast.forward import compiler_options, fast_apply
+from dpn_jax.fast.plan import compiler_options
+from dpn_jax.fast.training import fast_apply
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.data import Batch
 from dpn_jax.finetune.mixup import mix
 from dpn_jax.finetune.parameters import frozen_norms, trainable
 from dpn_jax.model import DPN
 from dpn_jax.pretrained import Preprocessing, default_preprocessing
+from dpn_jax.stock import require_stock
 
 Metrics = dict[str, jax.Array]
 """Sums over a batch, scalars: divide `loss`, `correct` and `correct5` by `count`. Training adds `gradient_norm` and
@@ -77,8 +79,11 @@ class TrainState:
           preprocessing: its mean and standard deviation normalize uint8 images; defaults to that of the weights.
 
         Raises:
-          ValueError: the model has no classifier or no pooling, or `config.freeze` or the preprocessing does not fit.
+          ValueError: the model has no classifier or no pooling, or `config.freeze` or the preprocessing does not fit,
+            or it is not stock (see `dpn_jax.stock`) and `config.fast` is set.
         """
+        if config.fast:
+            require_stock(model, "training in the fast form", "run the plain form: FinetuneConfig(fast=False)")
         preprocessing = preprocessing or model.provenance.preprocessing or default_preprocessing(model.config)
         if not (model.config.num_classes and model.config.global_pool):
             raise ValueError("training needs a model with a classifier and pooling; see DPN.reset_classifier")
@@ -207,7 +212,7 @@ def _train_step(state: TrainState, batch: Batch, sharding: NamedSharding | None)
         params = jax.tree.map(lambda t, p: p if t else jax.lax.stop_gradient(p), trained, params)
         model = nnx.merge(setup.graphdef, params, state.statistics)
         model.dropout.rngs = nnx.Rngs(dropout=dropout_key).dropout
-        metrics = _metrics(_forward(model, images), targets, smooth, weights)
+        metrics = _metrics(_forward(model, images, config), targets, smooth, weights)
         return metrics["loss"] / metrics["count"], (nnx.as_pure(nnx.state(model, nnx.BatchStat)), metrics)
 
     gradients, (statistics, metrics) = jax.grad(mean_loss, has_aux=True)(state.params)
@@ -227,12 +232,12 @@ def _eval_step(
     images, targets, weights = _prepare(batch, setup)
     model = nnx.merge(setup.graphdef, params, statistics)
     model.eval()
-    return _constrain(_metrics(_forward(model, images), targets, targets, weights), sharding)
+    return _constrain(_metrics(_forward(model, images, setup.config), targets, targets, weights), sharding)
 
 
-def _forward(model: DPN, images: jax.Array) -> jax.Array:
+def _forward(model: DPN, images: jax.Array, config: FinetuneConfig) -> jax.Array:
     """Logits of training and evaluation alike."""
-    return fast_apply(model, images)
+    return fast_apply(model, images) if config.fast else model(images)
 
 
 def _training_mode(model: DPN, config: FinetuneConfig) -> tuple[nnx.GraphDef[DPN], nnx.State, nnx.State]:

@@ -1,1 +1,1 @@
-"""From photos to arrays."""
+"""From photos to arrays: `read`, `transform`; what the classes are called, `labels`; which files, `folders`."""

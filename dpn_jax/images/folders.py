@@ -1,4 +1,4 @@
-"""Class folders: which images a run has, and which of them it trains on."""
+"""Folders of images: one walk over class folders for training and evaluation, and the split of their images."""
 
 import dataclasses
 import hashlib
@@ -12,6 +12,79 @@ from dpn_jax.errors import DataError, ImageError, reason, shown
 from dpn_jax.images.read import SUFFIXES
 
 Split = Literal["train", "val", "all"]
+
+
+def image_files(folder: str | os.PathLike) -> list[Path]:
+    """Lists the images in a folder and its subfolders by their suffixes, in either case; no image is opened.
+
+    Args:
+      folder: where to look. Symbolic links are followed, as in timm, except into a folder that contains them.
+
+    Returns:
+      Paths that begin with `folder`, sorted.
+
+    Raises:
+      ImageError: `folder` or a folder in it cannot be listed.
+
+    Example:
+      >>> image_files("no-such-folder")
+      Traceback (most recent call last):
+      dpn_jax.errors.ImageError: no-such-folder: No such file or directory
+    """
+    files = []
+    pending = [(Path(folder), frozenset[Path]())]
+    while pending:
+        directory, ancestors = pending.pop()
+        try:
+            real = directory.resolve()
+            if real in ancestors:
+                continue
+            for entry in directory.iterdir():
+                if entry.is_dir():
+                    pending.append((entry, ancestors | {real}))
+                elif entry.suffix.lower() in SUFFIXES:
+                    files.append(entry)
+        except OSError as error:
+            raise ImageError(f"{shown(directory)}: {reason(error)}") from error
+    return sorted(files)
+
+
+def class_folders(root: str | os.PathLike) -> dict[str, list[Path]]:
+    """Lists the images of `root/<class>/**`, class by class; no image is opened.
+
+    Args:
+      root: the folder that holds one folder of images per class. Hidden folders (named '.*') and files beside the class
+        folders are skipped; folders inside a class folder belong to its class.
+
+    Returns:
+      The images of each class, sorted, as paths that begin with `root`. The classes are in the natural order of their
+      names: 2 before 10.
+
+    Raises:
+      ImageError: `root` is not a folder, it or a folder in it cannot be listed, it has no class folders, or a class has
+        no images; the message names the folder.
+
+    Example:
+      >>> class_folders("no-such-folder")
+      Traceback (most recent call last):
+      dpn_jax.errors.ImageError: no-such-folder: no such folder
+
+    Source: `timm.data.readers.reader_image_folder` and, for the order, `timm.data.readers.class_map.natural_key`.
+    """
+    root = Path(root)
+    try:
+        if not root.is_dir():
+            raise ImageError(f"{shown(root)}: {'is not a folder' if root.exists() else 'no such folder'}")
+        names = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    except OSError as error:
+        raise ImageError(f"{shown(root)}: {reason(error)}") from error
+    if not names:
+        raise ImageError(f"{shown(root)}: no class folders; expected {shown(root / '<class>' / '<image>')}")
+    classes = {name: image_files(root / name) for name in sorted(names, key=_natural_key)}
+    for name, files in classes.items():
+        if not files:
+            raise ImageError(f"{shown(root / name)}: the class has no images; add some, or remove the folder")
+    return classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +105,10 @@ class ImageFolder:
         return len(self.files)
 
     def without(self, files: Collection[str]) -> "ImageFolder":
-        """The folder without some of its files, such as those that `find_broken` found.
+        """The same without some of the files, such as those that `find_broken` found.
 
         Raises:
-          DataError: no image of a class would be left.
+          DataError: a class would have no images left.
 
         Example:
           >>> ImageFolder(("cat", "dog"), ("a.png", "b.png", "c.png"), (0, 1, 1)).without(["b.png"]).files
@@ -49,43 +122,39 @@ class ImageFolder:
 
 
 def image_folder(path: str | os.PathLike, *, split: Split, val_fraction: float = 0.2, seed: int = 0) -> ImageFolder:
-    """Lists a folder that holds one folder of images for each class; no image is opened.
+    """Lists the training or the validation images of a folder of class folders; no image is opened.
 
     With `path/train/<class>/*` and `path/val/<class>/*` these are the two splits. Otherwise `path/<class>/*` is split
-    class by class, by a hash of the seed and of each file's name, so that adding an image moves hardly another one.
-    Folders whose name begins with a dot are passed over, symbolic links are followed.
+    class by class, by a hash of the seed and each file's name, so that adding an image hardly moves any other.
 
     Args:
-      path: the folder.
-      split: 'train' or 'val', or 'all' for every image of `path/<class>/*`.
-      val_fraction: share of each class that is 'val', in [0, 1), at least one image and not all; 0 holds out none.
-      seed: another one, another split.
+      path: the folder; `class_folders` says which folders and files count.
+      split: 'train', 'val', or 'all' for every image of `path/<class>/*`.
+      val_fraction: fraction of each class that is 'val', in [0, 1), at least one image and not all; 0 holds out none.
+      seed: seed of the split.
 
     Returns:
-      The images, class by class in the natural order of their names (2 before 10), bytes that are no UTF-8 written as
-      `\\xff`.
+      The images, class by class in the natural order of the class names (2 before 10). Bytes of a name that are not
+      UTF-8 are written as `\\xff`.
 
     Raises:
-      DataError: a folder is missing or cannot be listed, there are no class folders or one only, a class has no images
-        or too few to split, or train/ and val/ do not agree; the message names the folder.
+      DataError: `class_folders` fails, there is only one class, a class has too few images to split, or train/ and val/
+        do not have the same classes; the message names the folder.
+      ValueError: `split` or `val_fraction` is out of range.
 
     Example:
       >>> image_folder("no-such-folder", split="train")
       Traceback (most recent call last):
       dpn_jax.errors.DataError: no-such-folder: no such folder
-
-    Source: `timm.data.readers.reader_image_folder`, whose order of classes it is.
     """
     if split not in ("train", "val", "all"):
         raise ValueError(f"split must be 'train', 'val' or 'all', got {split!r}")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction!r}")
     root = Path(path)
-    if not root.is_dir():
-        raise DataError(f"{shown(root)}: {'is not a folder' if root.exists() else 'no such folder'}")
     parts = [root / name for name in ("train", "val") if _holds_folders(root / name)]
     if not parts:
-        classes = _classes(root)
+        classes = _two_or_more_classes(root)
         if split != "all":
             classes = {name: _split(root / name, files, split, val_fraction, seed) for name, files in classes.items()}
         if split == "val" and val_fraction == 0:
@@ -96,7 +165,7 @@ def image_folder(path: str | os.PathLike, *, split: Split, val_fraction: float =
     elif split == "all":
         raise DataError(f"{shown(root)}: has train/ and val/; name one of the two")
     else:
-        train, val = (_classes(part) for part in parts)
+        train, val = (_two_or_more_classes(part) for part in parts)
         if difference := sorted(train.keys() ^ val.keys()):
             name = difference[0]
             raise DataError(
@@ -104,9 +173,14 @@ def image_folder(path: str | os.PathLike, *, split: Split, val_fraction: float =
                 f"only, such as {shown(parts[name in val] / name)}"
             )
         classes = train if split == "train" else val
-    pairs = [(str(file), label) for label, files in enumerate(classes.values()) for file in files]
+    pairs = [(str(file.absolute()), label) for label, files in enumerate(classes.values()) for file in files]
     names = tuple(os.fsencode(name).decode("utf-8", "backslashreplace") for name in classes)
     return ImageFolder(names, *(tuple(column) for column in zip(*pairs, strict=True)))
+
+
+def _natural_key(name: str) -> tuple[list[str | int], str]:
+    """Sorts digits as numbers and ignores case."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name
 
 
 def _holds_folders(path: Path) -> bool:
@@ -117,28 +191,14 @@ def _holds_folders(path: Path) -> bool:
         raise DataError(f"{shown(path)}: {reason(error)}") from error
 
 
-def _classes(root: Path) -> dict[str, list[Path]]:
-    """The images of each class folder, in the order of the classes."""
+def _two_or_more_classes(root: Path) -> dict[str, list[Path]]:
     try:
-        names = [entry.name for entry in root.absolute().iterdir() if entry.is_dir() and entry.name[0] != "."]
-        classes = {name: image_files(root.absolute() / name) for name in sorted(names, key=_natural)}
-    except OSError as error:
-        raise DataError(f"{shown(root)}: {reason(error)}") from error
+        classes = class_folders(root)
     except ImageError as error:
         raise DataError(str(error)) from error
-    if not any(classes.values()):
-        raise DataError(f"{shown(root)}: no images in class folders; expected {shown(root / '<class>' / '<image>')}")
-    for name, files in classes.items():
-        if not files:
-            raise DataError(f"{shown(root / name)}: the class has no images; add some, or remove the folder")
     if len(classes) == 1:
         raise DataError(f"{shown(root)}: one class only, {shown(Path(*classes))}; there must be two or more")
     return classes
-
-
-def _natural(name: str) -> tuple[list[str | int], str]:
-    """Digits as numbers, in either case: `timm.data.readers.class_map.natural_key`."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name
 
 
 def _split(folder: Path, files: list[Path], split: Split, fraction: float, seed: int) -> list[Path]:
@@ -148,45 +208,10 @@ def _split(folder: Path, files: list[Path], split: Split, fraction: float, seed:
     if len(files) < 2:
         raise DataError(f"{shown(folder)}: one image is too few to split; add some, or make folders train/ and val/")
 
-    def drawn(file: Path) -> bytes:
-        name = file.relative_to(folder.absolute()).as_posix()
+    def digest(file: Path) -> bytes:
+        name = file.relative_to(folder).as_posix()
         return hashlib.blake2b(os.fsencode(f"{seed}/{folder.name}/{name}"), digest_size=16).digest()
 
     count = min(max(round(len(files) * fraction), 1), len(files) - 1)
-    held_out = set(sorted(files, key=drawn)[:count])
+    held_out = set(sorted(files, key=digest)[:count])
     return [file for file in files if (file in held_out) == (split == "val")]
-
-
-def image_files(folder: str | os.PathLike) -> list[Path]:
-    """Lists the images in a folder and its subfolders by their suffixes, in either case; nothing is opened.
-
-    Args:
-      folder: where to look. Symbolic links are followed, as timm does, except into a folder that they lie in.
-
-    Returns:
-      Paths that begin with `folder`, sorted.
-
-    Raises:
-      ImageError: `folder` or a folder in it cannot be listed.
-
-    Example:
-      >>> image_files("no-such-folder")
-      Traceback (most recent call last):
-      dpn_jax.errors.ImageError: no-such-folder: No such file or directory
-    """
-    files = []
-    pending = [(Path(folder), frozenset[Path]())]
-    while pending:
-        directory, above = pending.pop()
-        try:
-            real = directory.resolve()
-            if real in above:
-                continue
-            for entry in directory.iterdir():
-                if entry.is_dir():
-                    pending.append((entry, above | {real}))
-                elif entry.suffix.lower() in SUFFIXES:
-                    files.append(entry)
-        except OSError as error:
-            raise ImageError(f"{shown(directory)}: {reason(error)}") from error
-    return sorted(files)

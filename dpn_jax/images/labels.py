@@ -1,4 +1,4 @@
-"""What the classes are called."""
+"""Names of classes: ImageNet-1k's, or those of a label file."""
 
 import functools
 import importlib.resources
@@ -10,7 +10,7 @@ from dpn_jax.errors import reason, shown
 
 
 class Label(NamedTuple):
-    """A class of ImageNet: its WordNet synset, such as 'n01440764', and its name, such as 'tench, Tinca tinca'."""
+    """A class of ImageNet-1k: its WordNet synset, such as 'n01440764', and name, such as 'tench, Tinca tinca'."""
 
     synset: str
     name: str
@@ -34,14 +34,14 @@ def read_labels(path: str | os.PathLike, num_classes: int) -> tuple[str, ...]:
     """Reads the names of a model's classes from a text file.
 
     Args:
-      path: a UTF-8 file, one name a line, in the order of the logits; empty lines at its end do not count.
-      num_classes: how many names there must be.
+      path: a UTF-8 file with one name per line, in the order of the logits; empty lines at its end do not count.
+      num_classes: number of names expected.
 
     Returns:
       The names, without surrounding white space.
 
     Raises:
-      ValueError: the file is missing, not UTF-8 text, or has another number of names; the message names it.
+      ValueError: the file is missing, not UTF-8 text, or has the wrong number of names; the message names it.
 
     Example:
       >>> read_labels("no-such-file.txt", 2)
@@ -58,6 +58,6 @@ def read_labels(path: str | os.PathLike, num_classes: int) -> tuple[str, ...]:
     labels = tuple(line.strip() for line in text.split("\n")) if text else ()
     if len(labels) != num_classes:
         raise ValueError(
-            f"{name}: label file has {len(labels)} labels, one a line, but the model has {num_classes} classes"
+            f"{name}: label file has {len(labels)} labels, one per line, but the model has {num_classes} classes"
         )
     return labels

@@ -1,4 +1,4 @@
-"""Reads one image, as timm does, or says in one line why not."""
+"""Reads one image, EXIF orientation included, as timm does, or says in one line why it cannot."""
 
 import os
 import stat
@@ -10,12 +10,11 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from dpn_jax.errors import ImageError, reason, shown
 
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
-"""The most pixels of an image, as read or as resized: 89,478,485, Pillow's own limit before it warns."""
+"""The most pixels of an image, as read or resized: 89,478,485, above which Pillow warns by default."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm".split()  # noqa: SIM905
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
 )
-ImageSource = str | os.PathLike | Image.Image | np.ndarray
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -27,30 +26,33 @@ _ORIENTATIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+ImageSource = str | os.PathLike | Image.Image | np.ndarray
+
 
 def read_image(
     source: ImageSource, *, exif: bool = False, mode: str = "RGB", at_least: int | None = None
 ) -> Image.Image:
-    """Reads one image, as timm does: `PIL.Image.open(source).convert("RGB")`, or fails with one kind of error.
+    """Reads one image, as timm does: `PIL.Image.open(source).convert("RGB")`.
 
-    Pillow's conversion decides what becomes of other modes, sensible or not: alpha is dropped (not blended), CMYK is
-    converted without its color profile, and 16-bit gray is clipped at 255, which leaves most such images white. Only
-    the first frame of a file is read. Truncated files are refused.
+    Other modes are converted as Pillow does it: alpha is dropped (not blended), CMYK is converted without its color
+    profile, and 16-bit gray is clipped at 255, which leaves most such images white. Only the first frame of a file is
+    read. Truncated files are refused.
 
     Args:
-      source: the path of a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM file, whatever its suffix; a PIL image, which stays
-        as it is; or a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]. At most `MAX_PIXELS` pixels.
-      exif: turn the image as its EXIF orientation says. timm does not, hence False; EXIF data that cannot be read are
-        ignored. (Pillow itself always turns TIFF files.)
+      source: the path of a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM file, whatever its suffix; a PIL image, which is not
+        modified; or a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]. At most `MAX_PIXELS` pixels.
+      exif: apply the EXIF orientation; defaults to False, as in timm. EXIF data that cannot be read are ignored.
+        (Pillow itself always applies the orientation of TIFF files.)
       mode: 'RGB', or 'L' for one channel of gray.
-      at_least: decode JPEG files at 1/2, 1/4 or 1/8 of their size where the shorter side keeps so many pixels: several
-        times faster for photos, and not the same pixels; left out, at full size.
+      at_least: decode JPEG files at the smallest of 1/8, 1/4 and 1/2 of their size that leaves this many pixels for the
+        shorter side: several times faster for photos, but not the same pixels. Defaults to full size.
 
     Returns:
       A new, decoded image of that mode.
 
     Raises:
-      ImageError: the image is missing, damaged, too large or of another format; the message names it and says why.
+      ImageError: the image is missing, damaged, too large or of an unsupported format; the message names it and says
+        why.
 
     Example:
       >>> read_image(np.zeros((2, 3), np.uint8))
@@ -66,8 +68,15 @@ def read_image(
         if not isinstance(source, str | os.PathLike):
             raise ValueError(f"expected a path, a PIL image or a NumPy array, got {type(source).__name__}")
         return _read_file(Path(os.fsdecode(source)), exif, mode, at_least)
-    except Exception as error:  # Pillow raises nearly every built-in exception on one damaged file or another
+    except Exception as error:  # on damaged files Pillow raises nearly every built-in exception
         raise ImageError(f"{source_name(source)}: {_why(error)}") from error
+
+
+def source_name(source: object) -> str:
+    """How a message names an image: its path, or its type."""
+    if isinstance(source, Image.Image):
+        source = getattr(source, "filename", "") or "PIL image"
+    return shown(source) if isinstance(source, str | bytes | os.PathLike) else type(source).__name__
 
 
 def _read_file(path: Path, exif: bool, mode: str, at_least: int | None) -> Image.Image:
@@ -79,7 +88,7 @@ def _read_file(path: Path, exif: bool, mode: str, at_least: int | None) -> Image
     if status.st_size == 0:
         raise ValueError("the file is empty (0 bytes)")
     if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise ValueError("refused while Pillow's LOAD_TRUNCATED_IMAGES is set: it fills what is missing with gray")
+        raise ValueError("refused while Pillow's LOAD_TRUNCATED_IMAGES is set: it fills missing pixels with gray")
     with Image.open(path, formats=FORMATS) as image:
         _check_size(image)
         if at_least is not None:
@@ -102,8 +111,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
 def _convert(image: Image.Image, exif: bool, mode: str) -> Image.Image:
     _check_size(image)
     converted = image.convert(mode)
-    turn = _orientation(image) if exif else None
-    return converted if turn is None else converted.transpose(turn)
+    orientation = _orientation(image) if exif else None
+    return converted if orientation is None else converted.transpose(orientation)
 
 
 def _check_size(image: Image.Image) -> None:
@@ -117,15 +126,8 @@ def _check_size(image: Image.Image) -> None:
 def _orientation(image: Image.Image) -> Image.Transpose | None:
     try:
         return _ORIENTATIONS.get(image.getexif().get(_ORIENTATION_TAG))
-    except Exception:  # damaged EXIF data fail in as many ways as damaged images, and the pixels do not need them
+    except Exception:  # damaged EXIF data raise anything, and the pixels do not depend on them
         return None
-
-
-def source_name(source: object) -> str:
-    """What a message calls an image: its path, or what it is."""
-    if isinstance(source, Image.Image):
-        source = getattr(source, "filename", "") or "PIL image"
-    return shown(source) if isinstance(source, str | bytes | os.PathLike) else type(source).__name__
 
 
 def _why(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Images into what the network reads, as timm prepares them, and the names of the classes (Pillow and NumPy only)."""
+"""timm's evaluation transform: resize, center crop, normalize, bit for bit (Pillow and NumPy only)."""
 
 import dataclasses
 import math
@@ -22,14 +22,14 @@ _FILTERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """Prepares images for a set of weights, equal to timm's transform for evaluation.
+    """Prepares images for a set of weights, equal to timm's evaluation transform.
 
     The shorter side is resized to `floor(image_size / crop_fraction)`, the center is cropped, and the values are scaled
     to [0, 1] and normalized. The pixels before normalization and the floats after it are the same bits as timm's.
 
     Args:
-      preprocessing: sizes, interpolation, mean and deviation; with one channel of mean, images are read as gray ('L').
-      exif: turn images as their EXIF orientation says; timm does not.
+      preprocessing: sizes, interpolation, mean and standard deviation; if it has one channel, images are read as gray.
+      exif: apply the EXIF orientation of images; timm does not.
 
     Raises:
       ValueError: `preprocessing` has neither one nor three channels.
@@ -66,7 +66,7 @@ class Transform:
         return self.normalize(self.crop(source))
 
     def crop(self, source: ImageSource) -> np.ndarray:
-        """Reads, resizes and crops one image: all but the normalization.
+        """Reads, resizes and crops one image: everything but the normalization.
 
         Args:
           source: what `read_image` accepts.
@@ -76,7 +76,7 @@ class Transform:
 
         Raises:
           ImageError: `read_image` fails, or the image is so narrow that it would have more than `MAX_PIXELS` pixels
-            when its shorter side is resized (at 256 pixels: beyond about 1 : 1365). timm does it, in gigabytes.
+            once its shorter side is resized (to 256 pixels: beyond about 1:1365), which takes timm gigabytes.
         """
         settings = self.preprocessing
         image = read_image(source, exif=self.exif, mode=_MODES[len(settings.mean)])
@@ -129,16 +129,17 @@ def preprocessing(
     """The transform that a set of weights was evaluated with.
 
     Args:
-      source: a pretrained tag, with or without 'timm/' before it, or a `Preprocessing`.
-      use_test_size: take the larger images that timm tests some weights with (`dpn68b.ra_in1k`), where there are any.
-      image_size: side of the prepared images instead of the weights' own, pixels, at least 32; `crop_fraction` stays.
-      exif: turn images as their EXIF orientation says; timm does not.
+      source: a pretrained tag, with or without the prefix 'timm/', or a `Preprocessing`.
+      use_test_size: use the larger image size that timm tests some weights at (`dpn68b.ra_in1k`), if there is one.
+      image_size: side of the prepared images, pixels, at least 32; defaults to that of the weights. `crop_fraction`
+        does not change.
+      exif: apply the EXIF orientation of images; timm does not.
 
     Returns:
       A transform from a path, PIL image or uint8 array to float32 [H, W, 3].
 
     Raises:
-      ValueError: the tag is not known (a bare variant is none: the weights decide), or an argument is out of range.
+      ValueError: the tag is unknown (a variant without a tag has no preprocessing), or an argument is out of range.
 
     Example:
       >>> transform = preprocessing("dpn68b.ra_in1k", use_test_size=True)

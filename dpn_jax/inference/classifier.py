@@ -1,4 +1,4 @@
-"""From photos to labels: a model, its preprocessing and its class names, compiled for batches of one fixed size."""
+"""From photos to labels: a model, its preprocessing and its class names, compiled for a few batch sizes."""
 
 import collections
 import concurrent.futures
@@ -14,7 +14,7 @@ import numpy as np
 
 from dpn_jax.checkpoint.load import from_pretrained
 from dpn_jax.errors import ImageError
-from dpn_jax.fast.forward import fast_forward
+from dpn_jax.fast.forward import PlainForward, fast_forward
 from dpn_jax.images.labels import imagenet_labels
 from dpn_jax.images.read import ImageSource
 from dpn_jax.images.transform import Transform
@@ -23,40 +23,41 @@ from dpn_jax.model import DPN
 from dpn_jax.pretrained import default_preprocessing
 
 _READ_AHEAD = 2
-"""Batches of images that are prepared while the device works."""
+"""Batches of images prepared ahead of the device."""
 
 
 class Prediction(NamedTuple):
-    """One of the classes that an image was given."""
+    """A class and its probability."""
 
     label: str
-    """The class's name; for ImageNet-1k its WordNet lemmas."""
+    """Name of the class; for ImageNet-1k its WordNet lemmas."""
     probability: float
     """In [0, 1], from a softmax over all classes."""
     index: int
-    """The class's number, from 0."""
+    """Index of the class, from 0."""
     synset: str | None = None
-    """WordNet's id ('n02123045'), for ImageNet-1k."""
+    """WordNet id of the class ('n02123045'), for ImageNet-1k."""
 
 
 class Classifier:
     """Classifies photos.
 
     Args:
-      model: the model; run in eval mode, in its fast form. Later changes to it are not seen.
-      transform: what prepares an image; left out, that of the weights, or of the architecture's default weights.
-      labels: a name for each class; left out, the model's own, or ImageNet-1k's.
-      batch_size: most images run at once. Fewer are padded to a power of two, so that few sizes are ever compiled.
-      device: where to run; left out, JAX's default device.
-      workers: threads that read and prepare images while the device works.
-      donate: take the model's arrays over, see `fast_forward`.
+      model: the model; runs in eval mode. Later changes to it have no effect.
+      transform: prepares an image; defaults to that of the weights, or of the architecture's default weights.
+      labels: a name for each class; defaults to the model's class names, or ImageNet-1k's.
+      batch_size: largest batch. Smaller ones are padded to a power of two, so that only a few sizes are compiled.
+      device: where to run; defaults to JAX's default device.
+      workers: threads that read and prepare images; defaults to the number of CPU cores.
+      fast: run the backend's fast form; False runs the model as it is, which any changed model needs.
+      donate: give the model's arrays away, see `fast_forward`.
 
     Attributes:
-      throughput: how fast the last stream was that was read to its end; None where that was too short to tell.
+      throughput: of the last stream that was read to its end; None if that was too short to measure.
 
     Raises:
-      ValueError: the model has no classifier or other channels than the transform, or there are not as many labels as
-        classes.
+      ValueError: the model has no classifier, its number of channels is not the transform's, the number of labels is
+        not that of the classes, or the model is not stock (see `dpn_jax.stock`) and `fast` is set.
 
     Example:
       >>> import dpn_jax
@@ -76,11 +77,12 @@ class Classifier:
         batch_size: int = 32,
         device: jax.Device | None = None,
         workers: int | None = None,
+        fast: bool = True,
         donate: bool = False,
     ) -> None:
         config, provenance = model.config, model.provenance
         if not config.num_classes or not config.global_pool:
-            raise ValueError("the model does not give one score per class (num_classes is 0 or global_pool is '')")
+            raise ValueError("the model does not give one logit per class (num_classes is 0 or global_pool is '')")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.transform = transform or Transform(provenance.preprocessing or default_preprocessing(config))
@@ -105,7 +107,8 @@ class Classifier:
         self.workers = workers or os.cpu_count()
         self.throughput: Throughput | None = None
         self._device = device
-        self._forward = fast_forward(model, backend=None if device is None else device.platform, donate=donate)
+        backend = None if device is None else device.platform
+        self._forward = fast_forward(model, backend=backend, donate=donate) if fast else PlainForward(model)
         self._forward.params = jax.device_put(self._forward.params, device)
 
     @classmethod
@@ -118,14 +121,15 @@ class Classifier:
         batch_size: int = 32,
         device: jax.Device | None = None,
         workers: int | None = None,
+        fast: bool = True,
         **options: object,
     ) -> "Classifier":
-        """Loads a model to classify with.
+        """Loads pretrained weights into a classifier.
 
         Args:
           source: as for `dpn_jax.from_pretrained`.
-          transform, labels, batch_size, device, workers: as for `Classifier`.
-          options: further keywords of `dpn_jax.from_pretrained`, such as `dtype=jnp.bfloat16`.
+          transform, labels, batch_size, device, workers, fast: as for `Classifier`.
+          options: other keyword arguments of `dpn_jax.from_pretrained`, such as `dtype=jnp.bfloat16`.
 
         Raises:
           CheckpointError, ValueError: as `dpn_jax.from_pretrained` and `Classifier`.
@@ -138,6 +142,7 @@ class Classifier:
             batch_size=batch_size,
             device=device,
             workers=workers,
+            fast=fast,
             donate=True,
         )
 
@@ -148,10 +153,10 @@ class Classifier:
 
         Args:
           images: a path, a PIL image or a uint8 array `[H, W, 3]`, or a list or tuple of them.
-          top_k: how many classes to name, at most all.
+          top_k: number of classes to return, 1 to the number of classes.
 
         Returns:
-          The most probable classes, best first; for a list of images, a list of that for each.
+          The most probable classes, best first; for several images, a list of these lists.
 
         Raises:
           ImageError: an image cannot be read.
@@ -166,14 +171,14 @@ class Classifier:
         return results if several else results[0]
 
     def stream(self, images: Iterable[ImageSource], *, top_k: int = 5) -> Iterator[list[Prediction] | ImageError]:
-        """Classifies any number of images as they come; a bad one does not stop the others.
+        """Classifies any number of images as they come; one that cannot be read does not stop the others.
 
         Args:
-          images: as for a call; only a few batches are read ahead.
+          images: paths, PIL images or uint8 arrays; only a few batches are read ahead.
           top_k: as for a call.
 
         Yields:
-          For each image, in order, its most probable classes, or the error that tells why there are none.
+          For each image, in order, its most probable classes, or the error if it cannot be read.
 
         Raises:
           ValueError: `top_k` is below 1 or above the number of classes.
@@ -183,7 +188,7 @@ class Classifier:
         return self._stream(images, top_k)
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """The scores of prepared images.
+        """Computes the logits of prepared images.
 
         Args:
           images: `[B, H, W, C]` from the transform.
@@ -204,12 +209,12 @@ class Classifier:
                 good = [image for image in prepared if not isinstance(image, ImageError)]
                 logits = None
                 if good:
-                    before, size = size, max(size, self._padded(len(good)))  # a smaller last batch compiles nothing
+                    before, size = size, max(size, self._padded(len(good)))  # a smaller last batch: no compilation
                     start = time.perf_counter()
                     batch = self._dispatch(good, size)
                     logits = watcher.submit(clock.wait, batch, start, len(good), compiles=size > before)
                 running.append((prepared, logits))
-                if len(running) > 1:  # the device works on this batch while the one before is reported
+                if len(running) > 1:  # the device computes this batch while the previous one is reported
                     yield from self._report(*running.popleft(), top_k)
             while running:
                 yield from self._report(*running.popleft(), top_k)
@@ -218,7 +223,7 @@ class Classifier:
     def _prepared(
         self, images: Iterable[ImageSource], pool: concurrent.futures.Executor, clock: Clock
     ) -> Iterator[np.ndarray | ImageError]:
-        """Images through the transform, in order, read ahead by threads: Pillow decodes and resizes outside the GIL."""
+        """Transforms images in threads, in order and ahead: Pillow releases the GIL when it decodes and resizes."""
 
         def prepare(image: ImageSource) -> tuple[np.ndarray | ImageError, float]:
             start = time.perf_counter()
@@ -246,7 +251,7 @@ class Classifier:
         return min(self.batch_size, 1 << (count - 1).bit_length())
 
     def _dispatch(self, images: Sequence[np.ndarray], size: int | None = None) -> jax.Array:
-        """Starts a batch, padded, and returns its logits, padding included, before they are computed."""
+        """Pads and dispatches a batch, and returns its logits, padding included, before they are computed."""
         padded = np.zeros((size or self._padded(len(images)), *images[0].shape), np.float32)
         np.stack(images, out=padded[: len(images)])
         return self._forward(jax.device_put(padded, self._device))
@@ -260,7 +265,7 @@ class Classifier:
             yield image if isinstance(image, ImageError) else self._best(next(rows), top_k)
 
     def _best(self, probabilities: np.ndarray, top_k: int) -> list[Prediction]:
-        order = np.argsort(-probabilities, kind="stable")[:top_k]  # of equal ones the first, as torch.topk on a CPU
+        order = np.argsort(-probabilities, kind="stable")[:top_k]  # ties go to the lower index, as in torch.topk on CPU
         return [
             Prediction(self.labels[index], float(probabilities[index]), int(index), self.synsets[index])
             for index in order
@@ -269,7 +274,7 @@ class Classifier:
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[concurrent.futures.Executor]:
-    """A pool that, when its stream is abandoned, is not waited for."""
+    """A thread pool that does not wait for its threads when a stream is abandoned."""
     pool = concurrent.futures.ThreadPoolExecutor(count)
     try:
         yield pool
@@ -278,7 +283,7 @@ def _threads(count: int) -> Iterator[concurrent.futures.Executor]:
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):  # of weights with infinities, which were allowed
+    with np.errstate(invalid="ignore"):  # infinite logits, from weights taken with allow_nonfinite
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
         return exponentials / exponentials.sum(axis=1, keepdims=True)
 

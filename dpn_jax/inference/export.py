@@ -1,4 +1,4 @@
-"""A model as one file of StableHLO, weights included, that runs where dpn_jax is not installed."""
+"""A model and its weights as one file of StableHLO, which runs where dpn_jax is not installed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,18 +8,19 @@ import jax
 import jax.numpy as jnp
 
 from dpn_jax.checkpoint.files import write_atomically
-from dpn_jax.errors import ExportError, reason
-from dpn_jax.fast.forward import PLANS, FastForward, Plan
+from dpn_jax.errors import ExportError, reason, shown
+from dpn_jax.fast.forward import FastForward, PlainForward
 from dpn_jax.fast.grouped import Native
+from dpn_jax.fast.plan import PLANS, Plan
 from dpn_jax.model import DPN
 from dpn_jax.pretrained import default_preprocessing
 
 Platform = Literal["tpu", "cuda", "rocm", "cpu"]
 
 BACKENDS: dict[str, str] = {"tpu": "tpu", "cuda": "gpu", "rocm": "gpu", "cpu": "cpu"}
-"""Whose formulations a platform takes."""
+"""The backend whose fast form a platform runs."""
 
-# norms folded and the paths apart, as everywhere; kernels are stored only once, in the layout that runs everywhere
+# with norms folded and paths separate, as everywhere, but kernels stored once, in the layout that runs everywhere
 PORTABLE = Plan(grouped=((32, Native()),))
 
 
@@ -30,30 +31,33 @@ def export_model(
     platforms: Sequence[Platform] = ("tpu", "cuda", "cpu"),
     batch_size: int | None = None,
     image_size: int | None = None,
+    fast: bool = True,
     overwrite: bool = False,
 ) -> jax.export.Exported:
     """Writes a model's forward pass and its weights into one file.
 
-    For one platform that is the platform's fast form (`fast_forward`); for several it is one form for all of them, with
-    grouped convolutions as XLA has them, since each platform's own would need its own copy of the weights. Where speed
-    counts, write a file for each platform. Reading it takes JAX and flatbuffers, nothing else: `load_exported`, or
-    `jax.export.deserialize(Path("dpn92.jaxexport").read_bytes()).call(images)`. JAX promises to read it for six months
-    at least. Plain StableHLO, for other tools, is in its `mlir_module_serialized`.
+    For one platform this is the platform's fast form (`fast_forward`). For several it is one form for all of them with
+    XLA's native grouped convolutions, since the fast form of each platform would need its own copy of the weights.
+    Where speed counts, write one file per platform. Reading the file takes only JAX and flatbuffers: `load_exported`,
+    or `jax.export.deserialize(Path("dpn92.jaxexport").read_bytes()).call(images)`. JAX promises to read it for at least
+    six months. Plain StableHLO, for other tools, is in its `mlir_module_serialized`.
 
     Args:
       model: the model; exported in eval mode, computing in its `dtype`.
       path: the file, usually `*.jaxexport`; written atomically.
-      platforms: where it is to run, any of 'tpu', 'cuda', 'rocm' and 'cpu'; none need be present here.
-      batch_size: images in a batch; left out, any number (a symbolic dimension, compiled for each when it is called).
-      image_size: side of the images, pixels; left out, that of the weights, or of the architecture's default weights.
+      platforms: where the file will run, any of 'tpu', 'cuda', 'rocm' and 'cpu'; none has to be present here.
+      batch_size: images per batch; defaults to any number (a symbolic dimension, compiled per size when called).
+      image_size: side of the images, pixels; defaults to that of the weights, or of the architecture's default weights.
+      fast: False exports the plain form, the model as it is, which any changed model needs.
       overwrite: replace an existing file.
 
     Returns:
-      What was written: float32 `[B, H, W, C]`, normalized, to float32 logits `[B, num_classes]`.
+      What was written: a function from normalized float32 `[B, H, W, C]` to float32 logits `[B, num_classes]`.
 
     Raises:
-      ExportError: the file exists and `overwrite` is not set, or cannot be written.
-      ValueError: an unknown platform, none, or one that is named twice; `batch_size` or `image_size` is out of range.
+      ExportError: the file exists and `overwrite` is not set, or it cannot be written.
+      ValueError: `platforms` is empty or has an unknown or repeated platform, `batch_size` or `image_size` is out of
+        range, or the model is not stock (see `dpn_jax.stock`) and `fast` is set.
 
     Example:
       >>> import dpn_jax, tempfile
@@ -69,7 +73,7 @@ def export_model(
     if unknown := [platform for platform in platforms if platform not in BACKENDS]:
         raise ValueError(f"platforms must be of {', '.join(BACKENDS)}, got {unknown[0]!r}")
     if not platforms or len(set(platforms)) != len(platforms):
-        raise ValueError(f"platforms must be one or more different ones, got {list(platforms)}")
+        raise ValueError(f"platforms must be one or more, without repeats, got {list(platforms)}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if image_size is None:
@@ -77,8 +81,9 @@ def export_model(
     if image_size < 32:
         raise ValueError(f"image_size must be at least 32 pixels, got {image_size}")
     if path.exists() and not overwrite:
-        raise ExportError(f"{path}: exists already; overwrite it with --force (overwrite=True)")
-    forward = FastForward(model, PLANS[BACKENDS[platforms[0]]] if len(platforms) == 1 else PORTABLE)
+        raise ExportError(f"{shown(path)}: exists already; overwrite it with --force (overwrite=True)")
+    plan = PLANS[BACKENDS[platforms[0]]] if len(platforms) == 1 else PORTABLE
+    forward = FastForward(model, plan) if fast else PlainForward(model)
     (batch,) = jax.export.symbolic_shape("b") if batch_size is None else (batch_size,)
     images = jax.ShapeDtypeStruct((batch, image_size, image_size, model.config.in_channels), jnp.float32)
 
@@ -89,22 +94,22 @@ def export_model(
     try:
         write_atomically(path, [exported.serialize()])
     except OSError as error:
-        raise ExportError(f"{path}: cannot be written ({reason(error)})") from error
+        raise ExportError(f"{shown(path)}: cannot be written ({reason(error)})") from error
     return exported
 
 
 def load_exported(path: str | Path) -> jax.export.Exported:
-    """Reads what `export_model` wrote.
+    """Reads a file that `export_model` wrote.
 
     Args:
       path: the file.
 
     Returns:
-      JAX's own object: `jax.jit(exported.call)` maps float32 `[B, H, W, C]`, normalized, to float32 logits;
-      `exported.platforms` and `exported.in_avals` say where it runs and on what.
+      JAX's object: `jax.jit(exported.call)` maps normalized float32 `[B, H, W, C]` to float32 logits;
+      `exported.platforms` and `exported.in_avals` are the platforms and the shapes it runs on.
 
     Raises:
-      ExportError: the file is missing, damaged, or from a JAX that is too new.
+      ExportError: the file is missing, damaged, or from a newer JAX.
 
     Example:
       >>> load_exported("no-such-file.jaxexport")
@@ -114,8 +119,8 @@ def load_exported(path: str | Path) -> jax.export.Exported:
     try:
         return jax.export.deserialize(bytearray(Path(path).read_bytes()))
     except OSError as error:
-        raise ExportError(f"{path}: {reason(error)}") from error
-    except Exception as error:  # flatbuffers finds damage in many ways
+        raise ExportError(f"{shown(path)}: {reason(error)}") from error
+    except Exception as error:  # on damaged files flatbuffers raises nearly anything
         raise ExportError(
-            f"{path}: no exported model, damaged, or from a newer JAX ({type(error).__name__})"
+            f"{shown(path)}: not an exported model, damaged, or from a newer JAX ({type(error).__name__})"
         ) from error

@@ -1,4 +1,4 @@
-"""What a stream of images waits for: the host, which reads and prepares them, or the device."""
+"""Throughput of a stream of images, and what limits it: the host, which prepares them, or the device."""
 
 import time
 from typing import Literal, NamedTuple
@@ -8,14 +8,14 @@ import numpy as np
 
 
 class Throughput(NamedTuple):
-    """How fast images went through, in images/s, once compiled and in its stride."""
+    """Throughput in images/s, in the steady state after compilation."""
 
     rate: float
-    """Both together, with whatever the caller did in between."""
+    """Host and device together, including the caller's time between images."""
     host: float
-    """What the threads that read and prepare images can do."""
+    """Of the threads that read and prepare images."""
     device: float
-    """What the device can do, copies to and from it included."""
+    """Of the device, including copies to and from it."""
 
     @property
     def limit(self) -> Literal["host", "device"]:
@@ -29,48 +29,48 @@ class Throughput(NamedTuple):
 
 
 class Clock:
-    """Takes the times of one stream.
+    """Measures one stream.
 
     Args:
       workers: threads that prepare images at the same time.
-      read_ahead: batches that they may be ahead of the device. So many are ready after a compilation, and say nothing
-        about the host.
+      read_ahead: batches that they may be ahead of the device. After a compilation that many are ready, so they are not
+        counted.
     """
 
     def __init__(self, workers: int, *, read_ahead: int) -> None:
         self._workers, self._read_ahead = workers, read_ahead
-        self._prepared, self._preparing = 0, 0.0  # images, and seconds of all threads together
+        self._prepared, self._preparing = 0, 0.0  # images, and seconds summed over all threads
         self._computed, self._computing, self._elapsed = 0, 0.0, 0.0
-        self._batches, self._ready = 0, 0.0  # since the last compilation, and when the last of them was done
+        self._batches, self._ready = 0, 0.0  # batches since the last compilation, and when the last one was ready
 
     def count_prepared(self, seconds: float) -> None:
-        """Counts an image that took a thread so long."""
+        """Counts an image that took one thread this long."""
         self._prepared += 1
         self._preparing += seconds
 
     def wait(self, logits: jax.Array, start: float, images: int, *, compiles: bool) -> np.ndarray:
-        """Waits for a batch, on a thread of its own, so that the time is that of the batch; batches come in order.
+        """Waits for a batch and counts it; called in order, on a separate thread, so that the time is the batch's.
 
         Args:
           logits: `[B, num_classes]`.
-          start: `time.perf_counter()` when it was dispatched.
-          images: how many of the rows are no padding.
-          compiles: the program was compiled first.
+          start: `time.perf_counter()` when the batch was dispatched.
+          images: number of rows that are not padding.
+          compiles: whether the batch was the first of its size, which is compiled.
 
         Returns:
-          Those rows, float32.
+          The rows that are not padding, float32.
         """
         rows = np.asarray(logits, np.float32)[:images]
         before, self._ready = self._ready, time.perf_counter()
         self._batches = 0 if compiles else self._batches + 1
         if self._batches > self._read_ahead:
             self._computed += images
-            self._computing += self._ready - max(start, before)  # until then the device was at the batch before
+            self._computing += self._ready - max(start, before)  # until `before` the device computed another batch
             self._elapsed += self._ready - before
         return rows
 
     def throughput(self) -> Throughput | None:
-        """The rates; None where there were too few batches to tell."""
+        """The throughput, or None if there were too few batches to measure it."""
         if not self._computed:
             return None
         return Throughput(

@@ -13,20 +13,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import safetensors.torch
+
+pytest.importorskip("tests.support.timm_models")
 import torch
 
 import dpn_jax
 from dpn_jax.checkpoint.hub import promised_sha256
-from dpn_jax.checkpoint.load import convert
+from dpn_jax.checkpoint.save import convert
 from dpn_jax.pretrained import DPN_MEAN, PRETRAINED
-from tests.support.checkpoints import randomize, save_timm, timm_dpn, to_flax
 from tests.support.hub_server import CONFIG, FLAT_CONFIG, Hub
+from tests.support.timm_models import randomize, save_timm, timm_dpn, to_flax
 
 pytestmark = pytest.mark.slow
 
 # Runs `from_pretrained` for each line of its input, in order. The client reads its environment when it is imported,
-# hence a process; its waits between attempts, 23 s in all, are left out.
+# hence a process; its waits between attempts, 23 s in all, are skipped.
 CHILD = """
 import hashlib, json, os, sys, time
 import numpy as np
@@ -119,12 +120,6 @@ def session(timm: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Itera
     torch.save(models["dpn68"].state_dict(), folder / "dpn68.bin")
     own = dpn_jax.load(files["tiny"])
     dpn_jax.save(own, folder / "own.safetensors")
-    state = models["tiny"].state_dict()
-    shards = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(state)}
-    for shard in set(shards.values()):
-        safetensors.torch.save_file({name: state[name] for name in state if shards[name] == shard}, folder / shard)
-    sharded = {shard: folder / shard for shard in sorted(set(shards.values()))}
-    sharded["model.safetensors.index.json"] = json.dumps({"weight_map": shards}).encode()
 
     config = json.dumps(CONFIG).encode()
     tiny = {"config.json": config, "model.safetensors": files["tiny"]}
@@ -137,8 +132,6 @@ def session(timm: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Itera
         hub.add("someone/their-dpn", tiny)
         hub.add("someone/shared", tiny)
         hub.add("someone/own", {"model.safetensors": folder / "own.safetensors"})
-        hub.add("someone/sharded", {"config.json": config, **sharded})
-        hub.add("someone/bad-shard", {"config.json": config, **sharded})
         pooled = json.dumps(CONFIG | {"model_args": {"global_pool": "avgmax", "num_classes": 5}}).encode()
         hub.add("someone/pooled", tiny | {"config.json": pooled})
         commits = {"main": hub.add("someone/branches", tiny)}
@@ -160,7 +153,6 @@ def session(timm: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Itera
         hub.add("someone/flaky", tiny)
         hub.fail("someone/flaky", "model.safetensors", "error", times=2, on_metadata=True)
         hub.fail("julien-c/timm-dpn68", "pytorch_model.bin", "truncated")  # the client keeps whole parts of 10 MB
-        hub.fail("someone/bad-shard", next(iter(sharded)), "corrupt")
 
         home = tmp_path_factory.mktemp("hf")
         repositories = sorted(name for name in hub.repositories if name.startswith("someone/"))
@@ -192,7 +184,6 @@ def session(timm: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Itera
         ("their-dpn", "tiny"),
         ("their-dpn again", "tiny"),
         ("own", "tiny"),
-        ("sharded", "tiny"),
         ("pooled", "tiny"),
         ("branches", "tiny"),
         ("dev", "dev"),
@@ -274,7 +265,6 @@ def test_an_interrupted_download_is_resumed(session: Session) -> None:
         ("metadata-error", "--weights"),
         ("corrupt", "SHA-256 is not the hub's"),
         ("corrupt again", "SHA-256 is not the hub's"),
-        ("bad-shard", "SHA-256 is not the hub's"),
     ],
 )
 def test_every_failure_is_one_line(session: Session, step: str, said: str) -> None:
@@ -295,16 +285,16 @@ def test_no_weights_are_downloaded_for_another_architecture(session: Session) ->
 
 
 def test_a_damaged_download_is_not_converted_either(session: Session, tmp_path: Path) -> None:
-    index = next(session.home.glob("hub/models--someone--bad-shard/snapshots/*/*.index.json"))
+    damaged = next(session.home.glob("hub/models--someone--corrupt/snapshots/*/model.safetensors"))
     with pytest.raises(dpn_jax.CheckpointError, match="SHA-256 is not the hub's"):
-        convert(index, tmp_path / "a.safetensors")
+        convert(damaged, tmp_path / "a.safetensors")
     assert not any(tmp_path.iterdir())
 
 
-def test_deleting_what_the_message_names_mends_a_damaged_download(session: Session) -> None:
+def test_deleting_what_the_message_names_repairs_a_damaged_download(session: Session) -> None:
     path = message(session.answers["corrupt"]).rpartition("delete ")[2]
-    steps = [Step("mended", "someone/corrupt", remove=path)]
-    assert run(steps, session.home, HF_ENDPOINT=session.hub.endpoint)["mended"]["weights"]
+    steps = [Step("repaired", "someone/corrupt", remove=path)]
+    assert run(steps, session.home, HF_ENDPOINT=session.hub.endpoint)["repaired"]["weights"]
     assert session.hub.downloads("someone/corrupt") == ["model.safetensors"] * 2
 
 
@@ -335,7 +325,7 @@ def cut_off(request: pytest.FixtureRequest, session: Session, shared_blob: Path)
     with socket.socket() as unused:  # a port that nobody listens to
         unused.bind(("127.0.0.1", 0))
         closed = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        names = ("tag", "flat", "shared", "sharded", "own", "corrupt", "empty")
+        names = ("tag", "flat", "shared", "own", "corrupt", "empty")
         sources = ["dpn68.mx_in1k", "julien-c/timm-dpn68", *(f"someone/{name}" for name in names[2:])]
         steps = [Step(name, source) for name, source in zip(names, sources, strict=True)]
         steps.append(Step("other tag", "dpn92.mx_in1k"))
@@ -345,7 +335,7 @@ def cut_off(request: pytest.FixtureRequest, session: Session, shared_blob: Path)
 
 
 def test_a_filled_cache_is_enough(session: Session, cut_off: dict[str, Any]) -> None:
-    models = {"tag": "dpn68", "flat": "dpn68", "shared": "tiny", "sharded": "tiny", "own": "tiny", "commit": "dev"}
+    models = {"tag": "dpn68", "flat": "dpn68", "shared": "tiny", "own": "tiny", "commit": "dev"}
     for step, model in models.items():
         assert "error" not in cut_off[step], cut_off[step]
         assert cut_off[step]["weights"] == digests(session.models[model])

@@ -1,4 +1,4 @@
-"""The `dpn-jax` command, in this process where that is enough and in one of its own where it is not."""
+"""The `dpn-jax` command, in this process or, where signals and exits are tested, in another."""
 
 import csv
 import io
@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import flax
 import jax
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from dpn_jax.cli.cache import keep_compiled
 from dpn_jax.cli.evaluate import print_row
 from dpn_jax.cli.main import main
 from dpn_jax.inference.export import load_exported
-from tests.test_model import TINY
+from tests.support.models import TINY
 
 COMMAND = [sys.executable, "-m", "dpn_jax"]
 
@@ -57,7 +58,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command; gives its exit code, its output, and its complaint."""
+    """Runs the command; returns its exit code, stdout and stderr."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
@@ -163,6 +164,39 @@ def test_bad_options_are_one_line(
     assert message in err
 
 
+def test_version(run: Run) -> None:
+    expected = f"dpn_jax {dpn_jax.__version__} (jax {jax.__version__}, flax {flax.__version__})\n"
+    assert run("--version") == (0, expected, "")
+    ended = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, expected, "")
+
+
+def test_the_module_is_the_same_command(run: Run) -> None:
+    for words in (["--help"], ["models"], ["models", "--no-such-option"]):
+        ended = subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=120)
+        assert (ended.returncode, ended.stdout, ended.stderr) == run(*words)
+
+
+@pytest.mark.parametrize(
+    ("command", "positionals"),
+    [
+        ("classify", "IMAGE_OR_FOLDER..."),
+        ("evaluate", "FOLDER"),
+        ("convert", "SOURCE DESTINATION"),
+        ("export", "DESTINATION"),
+        ("models", ""),
+    ],
+)
+def test_help_names_positionals_and_fits_80_columns(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: str, positionals: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = run(command, "--help")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0].endswith(f"] {positionals}".rstrip())
+    assert all(len(line) <= 80 for line in out.splitlines())
+
+
 @pytest.mark.parametrize("words", [[], ["classify"], ["clasify", "x.jpg"], ["classify", "x.jpg", "--top-q", "5"]])
 def test_wrong_words_exit_with_2(run: Run, words: list[str]) -> None:
     code, out, err = run(*words)
@@ -190,7 +224,7 @@ def test_weights_without_preprocessing_are_announced(run: Run, photos: Path, tmp
     path = tmp_path / "bare.safetensors"
     dpn_jax.save(dpn_jax.create_model(TINY, rngs=nnx.Rngs(0)), path)
     code, _, err = run("classify", photos / "a.png", "--weights", path)
-    assert code == 0 and len(err.splitlines()) == 1 and "does not say how to prepare images" in err
+    assert code == 0 and len(err.splitlines()) == 1 and "has no preprocessing; using 224 pixels" in err
 
 
 def test_models_lists_every_variant_and_tag(run: Run) -> None:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+pytest.importorskip("tests.support.timm_models")
 import torch
 
 import dpn_jax
@@ -11,7 +13,7 @@ from convert import flax_to_timm, timm_to_flax, verify
 from convert.command import run
 from convert.timm_import import create_timm_model
 from dpn_jax.checkpoint import names as weights
-from tests.test_model import TINY
+from tests.support.models import TINY
 
 
 def test_there_and_back_through_pth(tiny_timm_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -43,7 +45,7 @@ def test_verify_agrees(tiny_timm_file: Path, capfd: pytest.CaptureFixture[str]) 
 
 
 def test_verify_takes_our_files_and_photos(tiny_timm_file: Path, tmp_path: Path) -> None:
-    from tests.parity.photos import PHOTOS
+    from tests.support.photos import PHOTOS
 
     ours = tmp_path / "ours.safetensors"
     assert run(timm_to_flax.main, [str(tiny_timm_file), str(ours)]) == 0
@@ -59,7 +61,7 @@ def test_verify_notices_a_wrong_port(
         kernel = right(entry, array)
         return kernel[::-1] if "grouped" in entry.flax and entry.is_kernel else kernel
 
-    monkeypatch.setattr("dpn_jax.checkpoint.load.to_flax", flipped)
+    monkeypatch.setattr("dpn_jax.checkpoint.open.to_flax", flipped)
     monkeypatch.setattr(verify, "convert", _copy_instead)
     assert run(verify.main, [str(tiny_timm_file), "--size", "64"]) == 1
     assert "NOT EQUAL to timm" in capfd.readouterr().out
@@ -76,4 +78,4 @@ def test_a_missing_checkpoint_is_one_line(capfd: pytest.CaptureFixture[str]) -> 
 
 def test_timm_cannot_express_every_config() -> None:
     with pytest.raises(ValueError, match="64 residual channels"):
-        create_timm_model(TINY)
+        create_timm_model(TINY.replace(residual_width=16))

@@ -11,25 +11,12 @@ from flax import nnx
 
 import dpn_jax
 from dpn_jax.config import DPNConfig
-from dpn_jax.fast.forward import PLANS
-from tests.test_model import TINY as LARGER
-
-TINY = LARGER.replace(depths=(2, 1), dense_increments=(4, 4))
+from dpn_jax.fast.plan import PLANS
+from tests.support.models import TINY, randomize
 
 
 def randomized(config: DPNConfig | str, **options: object) -> dpn_jax.DPN:
-    """A model in eval mode whose norms and biases are random: folding fresh ones proves nothing."""
-    model = dpn_jax.create_model(config, **options, rngs=nnx.Rngs(0))
-    rng = np.random.default_rng(0)
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        name = path[-1]
-        if name in ("scale", "var"):
-            variable.set_value(jnp.asarray(rng.uniform(0.5, 2, variable.shape), variable.dtype))
-        elif name in ("mean", "bias"):
-            variable.set_value(jnp.asarray(rng.normal(0, 0.3, variable.shape), variable.dtype))
-    nnx.update(model, nnx.state(model))
-    model.eval()
-    return model
+    return randomize(dpn_jax.create_model(config, **options, rngs=nnx.Rngs(0)))
 
 
 def error(model: dpn_jax.DPN, images: jax.Array, backend: str) -> float:

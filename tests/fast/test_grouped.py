@@ -1,10 +1,14 @@
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpn_jax.fast.grouped import convolve
-from dpn_jax.layers import Lanes, Merged, Native, grouped_conv
+from dpn_jax.fast import cpu
+from dpn_jax.fast.grouped import Merged, Native, grouped_conv
+from dpn_jax.fast.lanes import Lanes
+from dpn_jax.operations import convolve
 
 FORMULATIONS = [Merged(8), Merged(32), Merged(10**6), Merged(64, sliced=True), Lanes()]
 CASES = [(48, 96, 16, 2), (48, 24, 4, 1), (40, 40, 10, 2)]
@@ -26,7 +30,7 @@ def test_formulations_agree_with_xlas_own(
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("formulation", [Merged(16), Lanes(), Lanes(together=(3, 5))], ids=str)
+@pytest.mark.parametrize("formulation", [Merged(16), Lanes(), Lanes(tile=(3, 5))], ids=str)
 def test_gradients_agree_and_reach_only_real_entries(formulation: Native, stride: int) -> None:
     with jax.enable_x64(True):
         x = jax.random.normal(jax.random.key(0), (2, 6, 17, 32), "float64")
@@ -54,17 +58,17 @@ def test_the_product_and_its_gradients_are_the_convolutions(
         x = jax.random.normal(jax.random.key(0), (3, height, 7, inputs), "float64")
         kernel = jax.random.normal(jax.random.key(1), (size, size, inputs, outputs), "float64")
 
-        def loss(x: jax.Array, kernel: jax.Array, matmul: bool) -> jax.Array:
-            return jnp.sin(convolve(x, kernel, stride=stride, matmul=matmul)).sum()
+        def loss(x: jax.Array, kernel: jax.Array, convolve: Callable[..., jax.Array]) -> jax.Array:
+            return jnp.sin(convolve(x, kernel, stride=stride)).sum()
 
-        expected = jax.value_and_grad(loss, argnums=(0, 1))(x, kernel, False)
-        got = jax.value_and_grad(loss, argnums=(0, 1))(x, kernel, True)
+        expected = jax.value_and_grad(loss, argnums=(0, 1))(x, kernel, convolve)
+        got = jax.value_and_grad(loss, argnums=(0, 1))(x, kernel, cpu.convolve)
         jax.tree.map(lambda ours, plain: np.testing.assert_allclose(ours, plain, atol=1e-11), got, expected)
 
 
 def test_merged_kernels_are_block_diagonal() -> None:
     kernel = np.arange(1, 3 * 3 * 2 * 8 + 1, dtype=np.float32).reshape(3, 3, 2, 8)
-    merged = Merged(4).arrange(kernel, groups=4)  # two groups of 2 channels become one of 4
+    merged = Merged(4).pack_kernel(kernel, groups=4)  # two groups of 2 channels become one of 4
     assert merged.shape == (3, 3, 4, 8)
     for output in range(8):
         first = 2 * (output // 2 % 2)
@@ -76,7 +80,7 @@ def test_arranging_gives_the_same_for_numpy_and_jax() -> None:
     kernel = np.random.default_rng(0).normal(size=(3, 3, 3, 24)).astype(np.float32)
     for formulation in FORMULATIONS:
         np.testing.assert_array_equal(
-            formulation.arrange(kernel, 8), np.asarray(formulation.arrange(jnp.asarray(kernel), 8))
+            formulation.pack_kernel(kernel, 8), np.asarray(formulation.pack_kernel(jnp.asarray(kernel), 8))
         )
 
 

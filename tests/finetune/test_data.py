@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
@@ -177,7 +176,7 @@ def test_folder_errors(changing: Path, tmp_path: Path) -> None:
 
     refused(tmp_path / "none", "no such folder")
     refused(changing / "cat" / "0.png", "is not a folder")
-    refused(changing / "cat", "no images in class folders; expected")
+    refused(changing / "cat", "no class folders; expected")
     (changing / "cow").mkdir()
     refused(changing, r"cow: the class has no images")
     with pytest.raises(DataError, match=r"cow: the class has no images"):
@@ -465,8 +464,8 @@ class Probe:
         return os.getpid(), jax._src.xla_bridge.backends_are_initialized(), jax.config.jax_platforms
 
 
-def workers() -> list[psutil.Process]:
-    return [psutil.Process(child.pid) for child in multiprocessing.active_children() if child.name.startswith("grain")]
+def workers() -> list[multiprocessing.Process]:
+    return [child for child in multiprocessing.active_children() if child.name.startswith("grain")]
 
 
 @pytest.mark.slow
@@ -525,8 +524,8 @@ def test_a_worker_outlives_signals_to_all_and_its_death_is_an_error(everything: 
         take(iterator, 2)
         running = workers()
         for worker in running:
-            worker.send_signal(signal.SIGINT)
-            worker.send_signal(signal.SIGTERM)
+            os.kill(worker.pid, signal.SIGINT)
+            os.kill(worker.pid, signal.SIGTERM)
         take(iterator, 12)  # more than was read ahead
         assert workers() == running
         running[1].kill()
@@ -558,6 +557,7 @@ def main():
 
 @pytest.mark.slow
 def test_workers_end_with_a_killed_run_and_quietly_with_a_finished_one(root: Path, tmp_path: Path) -> None:
+    psutil = pytest.importorskip("psutil")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT + "if __name__ == '__main__':\n    main()\n")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -1,6 +1,7 @@
 """Runs that are stopped, killed or out of a resource: the real command, mostly in a process of its own.
 
-`KILLS=20 python -m pytest tests/finetune/test_faults.py -k random_moments` kills and resumes at 20 random moments.
+`KILLS=20 python -m pytest tests/finetune/test_faults.py -k random_moments -o faulthandler_timeout=3600` kills and
+resumes at 20 random moments.
 """
 
 import os
@@ -87,7 +88,6 @@ def test_a_signal_saves_and_says_how_to_continue(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60 + 60 * KILLS)
 def test_kill_at_random_moments_changes_nothing(runs: Runs, reference: Path, tmp_path: Path) -> None:
     moments = random.Random(time.time_ns())
     for number in range(KILLS):

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -13,6 +12,7 @@ from flax import nnx
 import dpn_jax
 from dpn_jax.finetune import FinetuneConfig, frozen_norms, learning_rate, make_optimizer
 from dpn_jax.finetune.parameters import layer_distance, path_of
+from tests.support.models import TINY, randomize
 
 RATE = 0.1
 PLAIN = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "learning_rate": RATE}
@@ -20,13 +20,8 @@ PLAIN = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "learning_rat
 
 @pytest.fixture(scope="module")
 def model() -> dpn_jax.DPN:
-    config = dpn_jax.DPNConfig(
-        depths=(1, 2), dense_increments=(4, 4), bottleneck_width=8, groups=4, residual_width=8, stem_features=8
-    )
-    model = dpn_jax.DPN(config.replace(num_classes=3), rngs=None)
-    rng = np.random.default_rng(0)
-    nnx.update(model, jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), nnx.state(model)))
-    return model
+    config = TINY.replace(depths=(1, 2), num_classes=3)
+    return randomize(dpn_jax.DPN(config, rngs=None))
 
 
 @pytest.fixture(scope="module")

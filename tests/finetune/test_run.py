@@ -1,4 +1,4 @@
-"""`finetune` from a folder to a file of weights, in this process; kills and faults are in `test_faults`."""
+"""`finetune` from a folder to a file of weights, in this process; what kills it is in `test_faults`."""
 
 import dataclasses
 import json
@@ -20,7 +20,8 @@ from dpn_jax.finetune import loop as loop_module
 from dpn_jax.finetune.loop import StepCounts
 from dpn_jax.finetune.metrics import quality
 from dpn_jax.finetune.report import METRICS, Log
-from tests.support.finetune_runs import COLORS, TINY, contents, write_images, write_weights
+from tests.support.finetune_runs import COLORS, contents, write_images, write_weights
+from tests.support.models import TINY
 
 CONFIG = FinetuneConfig(
     epochs=3, batch_size=8, workers=0, optimizer="sgd", learning_rate=0.05, warmup_epochs=0, ema_decay=0.8, keep=1

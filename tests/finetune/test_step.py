@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 from flax import nnx
 
 import dpn_jax
@@ -35,10 +34,11 @@ from dpn_jax.finetune import (
 from dpn_jax.finetune import step as step_module
 from dpn_jax.finetune.parameters import path_of
 from dpn_jax.images.transform import Transform
-from tests.support import data_parallel
+from tests.support import data_parallel, models
+from tests.support.models import randomize
 
 CLASSES = 7
-TINY = data_parallel.TINY.replace(depths=(1,), dense_increments=(4,), num_classes=CLASSES)
+TINY = models.TINY.replace(depths=(1,), dense_increments=(4,), num_classes=CLASSES)
 SGD = {"optimizer": "sgd", "learning_rate": 0.1, "momentum": 0.0, "weight_decay": 0.0}
 PLAIN = FinetuneConfig(**SGD, norms="frozen", label_smoothing=0.3)
 FULL = FinetuneConfig(accumulate=2, ema_decay=0.8, mixup=0.2, cutmix=0.2, drop_rate=0.3, learning_rate=0.01)
@@ -48,7 +48,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def model() -> dpn_jax.DPN:
     """A tiny model; do not change it."""
-    return randomized(TINY)
+    model = randomize(dpn_jax.DPN(TINY, rngs=None))
+    model.train()
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +58,6 @@ def begin(model: dpn_jax.DPN) -> Callable[[FinetuneConfig], TrainState]:
     """A state with the optimizer that this configuration had before: its step is compiled once."""
     make = functools.cache(lambda config: make_optimizer(config, model, steps=10 if config == FULL else None))
     return lambda config: TrainState.create(model, make(config), config)
-
-
-def randomized(config: dpn_jax.DPNConfig) -> dpn_jax.DPN:
-    """A model with random parameters and norm statistics."""
-    model = dpn_jax.DPN(config, rngs=None)
-    rng = np.random.default_rng(0)
-
-    def random(path: tuple[str | int, ...], value: jax.ShapeDtypeStruct) -> jax.Array:
-        low, high = (0.5, 1.5) if path[-1] in ("var", "scale") else (-0.5, 0.5)
-        return jnp.asarray(rng.uniform(low, high, value.shape) if value.shape else 3, value.dtype)
-
-    flat = nnx.to_flat_state(nnx.as_pure(nnx.state(model)))
-    nnx.update(model, nnx.from_flat_state([(path, random(path, value)) for path, value in flat]))
-    return model
 
 
 def batch(size: int = 4, seed: int = 0) -> dict[str, np.ndarray]:
@@ -109,7 +97,7 @@ TRAINED: dict[str, Callable[[str], bool]] = {
     [*((freeze, "train") for freeze in TRAINED), ("none", "frozen")],
 )
 def test_what_is_frozen_stays_to_the_bit(freeze: str, norms: str) -> None:
-    model = randomized(data_parallel.TINY.replace(num_classes=CLASSES))
+    model = randomize(dpn_jax.DPN(models.TINY.replace(num_classes=CLASSES), rngs=None))
     # by itself this optimizer would let frozen parameters decay; make_optimizer's would not
     config = FinetuneConfig(freeze=freeze, norms=norms, ema_decay=0.4)
     tx = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1))
@@ -190,6 +178,7 @@ def test_moving_average_is_numpys(begin: Callable[[FinetuneConfig], TrainState])
 
 
 def test_evaluation_counts_what_is_real(begin: Callable[[FinetuneConfig], TrainState]) -> None:
+    torch = pytest.importorskip("torch")
     state, data = begin(PLAIN), batch(32)
     weight = (np.arange(32) < 27).astype(np.float32)
     got = eval_step(state, data | {"weight": weight})
@@ -210,6 +199,7 @@ def test_evaluation_counts_what_is_real(begin: Callable[[FinetuneConfig], TrainS
 
 @pytest.mark.parametrize("soft", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_label_smoothing_is_torchs(begin: Callable[[FinetuneConfig], TrainState], soft: bool) -> None:
+    torch = pytest.importorskip("torch")
     data, rng = batch(), np.random.default_rng(1)
     weight = np.array([1, 0.5, 0, 2], np.float32)
     labels = rng.dirichlet(np.ones(CLASSES), 4).astype(np.float32) if soft else data["label"]

@@ -10,9 +10,9 @@ from PIL import Image
 
 import dpn_jax
 from dpn_jax.errors import ImageError
-from dpn_jax.fast.forward import Folded
+from dpn_jax.fast.fold import Folded
 from dpn_jax.inference.throughput import Clock
-from tests.test_model import TINY
+from tests.support.models import TINY
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_unfit_arguments() -> None:
         with pytest.raises(ValueError, match=message):
             dpn_jax.Classifier(model, **options)
     for changes in ({"num_classes": 0}, {"global_pool": ""}):
-        with pytest.raises(ValueError, match="one score per class"):
+        with pytest.raises(ValueError, match="one logit per class"):
             dpn_jax.Classifier(dpn_jax.create_model(TINY, **changes, rngs=nnx.Rngs(0)))
 
 

@@ -11,11 +11,11 @@ from dpn_jax.errors import ImageError
 from dpn_jax.images.labels import imagenet_labels
 from dpn_jax.inference.classifier import Prediction
 from dpn_jax.inference.evaluation import labeled_images, score
-from tests.test_model import TINY
+from tests.support.models import TINY
 
 
 def classifier(*labels: str) -> SimpleNamespace:
-    """What is asked of one here; without labels, ImageNet's."""
+    """The attributes used here; without labels, ImageNet's."""
     synsets, names = zip(*imagenet_labels(), strict=True)
     return SimpleNamespace(labels=labels or names, synsets=(None,) * len(labels) or synsets)
 
@@ -54,7 +54,7 @@ def test_folders_are_labels_synsets_or_numbers(
         (("1", "2"), ("0", "1"), "1 of 2 .*: '0'; its classes are '1', '2'"),  # not class number 1
         (("ant", "bee"), ("0", "bee"), "1 of 2"),  # one way of naming, not two
         ((), ("crane",), "'crane'"),  # a bird and a machine
-        (("ant", "bee"), ("train", "val"), "'train', 'val'; .* is it one of its folders"),
+        (("ant", "bee"), ("train", "val"), "'train', 'val'; .* to evaluate train or val, name that folder"),
         (("ant", "bee"), tuple("abcdefg"), "7 of 7 .*: 'a', 'b', 'c', 'd', 'e', ...; its"),
     ],
 )
@@ -69,7 +69,7 @@ def test_folders_without_anything(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="no class folders"):
         labeled_images(class_folders(tmp_path, ".hidden"), classifier("ant"))
     (tmp_path / "ant").mkdir()
-    with pytest.raises(ImageError, match="ant: no images in this class folder"):
+    with pytest.raises(ImageError, match="ant: the class has no images"):
         labeled_images(tmp_path, classifier("ant"))
 
 

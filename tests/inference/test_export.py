@@ -13,7 +13,7 @@ import pytest
 import dpn_jax
 from dpn_jax.errors import ExportError
 from dpn_jax.inference.export import BACKENDS, export_model, load_exported
-from tests.fast.test_forward import TINY, randomized
+from tests.support.models import TINY, randomize
 
 READER = """
 import json, sys
@@ -36,7 +36,7 @@ for name in sys.argv[2:]:
 
 @pytest.mark.slow
 def test_a_process_without_dpn_jax_gets_the_same_logits(tmp_path: Path) -> None:
-    model = randomized(TINY)
+    model = randomize(dpn_jax.create_model(TINY))
     images = np.random.default_rng(0).standard_normal((3, 32, 32, 3), np.float32)
     expected = model(jnp.asarray(images))
     np.save(tmp_path / "images.npy", images)
@@ -82,8 +82,8 @@ def test_a_fixed_batch_and_the_weights_own_size(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"platforms": ["cpu", "gpu"]}, "platforms must be of tpu, cuda, rocm, cpu, got 'gpu'"),
-        ({"platforms": []}, "platforms must be one or more different ones, got"),
-        ({"platforms": ["cpu", "cpu"]}, "platforms must be one or more different ones, got"),
+        ({"platforms": []}, "platforms must be one or more, without repeats, got"),
+        ({"platforms": ["cpu", "cpu"]}, "platforms must be one or more, without repeats, got"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"image_size": 31}, "image_size must be at least 32 pixels, got 31"),
     ],
@@ -115,5 +115,5 @@ def test_damaged_files_are_one_error(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for damaged in (b"", b"not exported", whole[:10], whole[:-4000], bytes(len(whole))):
         path.write_bytes(damaged)
-        with pytest.raises(ExportError, match="x: no exported model, damaged"):
+        with pytest.raises(ExportError, match="x: not an exported model, damaged"):
             load_exported(path)

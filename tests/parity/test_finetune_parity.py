@@ -7,16 +7,17 @@ from types import ModuleType
 import jax
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 from jax.tree_util import KeyPath
 
+pytest.importorskip("tests.support.timm_models")
+import torch
+
 import dpn_jax
-from dpn_jax.checkpoint.names import table, to_flax
+from dpn_jax.checkpoint.names import name_table, to_flax
 from dpn_jax.finetune import FinetuneConfig, TrainState, make_optimizer, train_step
 from dpn_jax.finetune.parameters import decayed, layer_distance, path_of
-from tests.parity import reference
-from tests.support.checkpoints import timm_dpn
+from tests.support.timm_models import nchw, random_images, randomize, randomized, save_timm, timm_dpn
 
 BOUND = 1e-6
 CLASSES = 5
@@ -25,9 +26,7 @@ SGD = {"optimizer": "sgd", "learning_rate": 0.005, "momentum": 0.9, "weight_deca
 
 
 def tiny(timm: ModuleType) -> torch.nn.Module:
-    model = timm_dpn(timm, k_sec=(1,), inc_sec=(4,)).double()
-    reference.randomize_norms(model)
-    return model
+    return randomize(timm_dpn(timm, k_sec=(1,), inc_sec=(4,)).double())
 
 
 def dotted(path: KeyPath) -> str:
@@ -35,7 +34,7 @@ def dotted(path: KeyPath) -> str:
 
 
 def dpn68b(timm: ModuleType) -> torch.nn.Module:
-    return reference.randomized("dpn68b", k_sec=(1, 1, 1, 1), num_classes=CLASSES)
+    return randomized("dpn68b", k_sec=(1, 1, 1, 1), num_classes=CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +51,7 @@ def test_fifty_sgd_steps_have_torchs_losses(
 ) -> None:
     config = FinetuneConfig(**SGD, norms=norms, label_smoothing=0.1)
     theirs = make(timm).train(norms == "train")
-    ours = dpn_jax.load(reference.write(theirs, tmp_path / "model.safetensors"), dtype="float64", param_dtype="float64")
+    ours = dpn_jax.load(save_timm(theirs, tmp_path / "model.safetensors"), dtype="float64", param_dtype="float64")
     state = TrainState.create(ours, make_optimizer(config, ours), config)
     kernels = [p for p in theirs.parameters() if p.ndim > 1]
     others = [p for p in theirs.parameters() if p.ndim == 1]
@@ -61,13 +60,13 @@ def test_fifty_sgd_steps_have_torchs_losses(
     loss_of = torch.nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
 
     rng = np.random.default_rng(0)
-    batches = [(reference.images((4, size, size, 3), seed=n), rng.integers(0, CLASSES, 4)) for n in range(BATCHES)]
+    batches = [(random_images((4, size, size, 3), seed=n), rng.integers(0, CLASSES, 4)) for n in range(BATCHES)]
     got, expected = [], []
     for number in range(50):
         images, labels = batches[number % BATCHES]
         state, metrics = train_step(state, {"image": images, "label": labels})
         got.append(float(metrics["loss"] / metrics["count"]))
-        loss = loss_of(theirs(reference.nchw(images, torch.float64)), torch.from_numpy(labels))
+        loss = loss_of(theirs(nchw(images, torch.float64)), torch.from_numpy(labels))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -75,7 +74,7 @@ def test_fifty_sgd_steps_have_torchs_losses(
 
     np.testing.assert_allclose(got, expected, rtol=BOUND)
     assert np.ptp(got[::BATCHES]) > 0.02  # the same batch: the parameters have moved
-    entries = {entry.timm: entry for entry in table(ours.config)}
+    entries = {entry.timm: entry for entry in name_table(ours.config)}
     leaves = [leaf for tree in state.weights() for leaf in jax.tree.leaves_with_path(tree)]
     trained = {dotted(path): np.asarray(leaf) for path, leaf in leaves}
     for name, value in theirs.state_dict().items():
@@ -96,7 +95,7 @@ def test_groups_are_timms(timm: ModuleType) -> None:
     decays = {dotted(path): value for path, value in jax.tree.leaves_with_path(decayed(params))}
 
     names = {parameter: name for name, parameter in theirs.named_parameters()}
-    flax = {entry.timm: entry.flax for entry in table(config)}
+    flax = {entry.timm: entry.flax for entry in name_table(config)}
     members = [(flax[names[parameter]], group) for group in groups for parameter in group["params"]]
     assert ours == {name: pytest.approx(group["lr_scale"]) for name, group in members}
     assert decays == {name: group["weight_decay"] > 0 for name, group in members}

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convert.timm_import import import_timm
+pytest.importorskip("tests.support.timm_models")
+pytest.importorskip("tests.support.photos")
+import torch
+
 from dpn_jax.errors import ImageError
 from dpn_jax.images.labels import imagenet_labels
 from dpn_jax.images.transform import Transform, preprocessing
 from dpn_jax.pretrained import PRETRAINED, Preprocessing
-
-timm = import_timm()
-import torch  # noqa: E402
+from tests.support.timm_models import timm
 
 _PACKAGES = {name: Path(importlib.util.find_spec(name).origin).parent for name in ("skimage", "sklearn")}
 PHOTOS = sorted(

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
+pytest.importorskip("tests.support.timm_models")
+import torch
+
 import dpn_jax
-from dpn_jax.checkpoint.names import table, to_flax
-from tests.parity import reference
+from dpn_jax.checkpoint.names import name_table, to_flax
+from tests.support.timm_models import nchw, random_images, randomized, relative_error, save_timm
 
 RATE = 0.05
 BOUND = 1e-8
@@ -54,28 +56,27 @@ XLAS_OWN = (pytest.mark.slow, pytest.mark.optimized)
 def test_three_sgd_steps_equal_timm(
     name: str, options: dict[str, object], remat: bool, norms: str, backend: str | None, tmp_path: Path
 ) -> None:
-    theirs = reference.randomized(name, num_classes=10, **options).train(norms == "train")
-    path = reference.write(theirs, tmp_path / "model.safetensors")
+    theirs = randomized(name, num_classes=10, **options).train(norms == "train")
+    path = save_timm(theirs, tmp_path / "model.safetensors")
     ours = dpn_jax.load(path, dtype="float64", param_dtype="float64", remat=remat)
+    expected_steps = int(ours.norm.steps[...]) + (3 if norms == "train" else 0)
     ours.train() if norms == "train" else ours.eval()
     optimizer = torch.optim.SGD(theirs.parameters(), lr=RATE)
-    entries = {entry.timm: entry for entry in table(ours.config)}
+    entries = {entry.timm: entry for entry in name_table(ours.config)}
     labels = np.array([3, 1, 9, 3])
 
     for number in range(3):
-        images = reference.images((4, 64, 64, 3), seed=number)
+        images = random_images((4, 64, 64, 3), seed=number)
         loss, gradients = step(ours, jnp.asarray(images), jnp.asarray(labels), backend)
         optimizer.zero_grad()
-        expected_loss = torch.nn.functional.cross_entropy(
-            theirs(reference.nchw(images, torch.float64)), torch.from_numpy(labels)
-        )
+        expected_loss = torch.nn.functional.cross_entropy(theirs(nchw(images, torch.float64)), torch.from_numpy(labels))
         expected_loss.backward()
 
         assert abs(loss.item() / expected_loss.item() - 1) <= BOUND
         got = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(gradients)}
         expected = {n: to_flax(entries[n], p.grad.numpy()) for n, p in theirs.named_parameters()}
         assert got.keys() == {entries[n].flax for n in expected}
-        errors = {n: reference.relative_error(got[entries[n].flax], value) for n, value in expected.items()}
+        errors = {n: relative_error(got[entries[n].flax], value) for n, value in expected.items()}
         assert max(errors.values()) <= BOUND, max(errors.items(), key=lambda item: item[1])
         optimizer.step()
 
@@ -84,5 +85,4 @@ def test_three_sgd_steps_equal_timm(
         entry = entries[entry_name]
         error = np.abs(np.asarray(got[entry.flax]) - to_flax(entry, value.numpy())).max()
         assert error <= BOUND * max(1, float(value.abs().max())), entry_name
-    expected_steps = 3 if norms == "train" else 0
     assert int(ours.norm.steps[...]) == int(theirs.features.conv5_bn_ac.bn.num_batches_tracked) == expected_steps

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dpn_jax import DPNConfig, create_model
+from dpn_jax import create_model
 from dpn_jax.finetune import (
     FinetuneConfig,
     TrainState,
@@ -19,19 +19,10 @@ from dpn_jax.finetune import (
     shard_batch,
     train_step,
 )
+from tests.support.models import TINY
 
 CONFIG = FinetuneConfig(
     optimizer="sgd", learning_rate=0.05, mixup=0.5, cutmix=0.5, drop_rate=0.2, ema_decay=0.9, clip_norm=1.0
-)
-TINY = DPNConfig(
-    depths=(1, 1),
-    dense_increments=(4, 4),
-    bottleneck_width=8,
-    groups=4,
-    residual_width=8,
-    stem_features=8,
-    stem_kernel=3,
-    num_classes=5,
 )
 BATCH = 16
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import dpn_jax
 from dpn_jax import Preprocessing
-from tests.support.data_parallel import TINY
+from tests.support.models import TINY
 
 COLORS = ("blue", "green", "red")
 

@@ -1,29 +1,40 @@
-"""Fixtures that several test modules share."""
+"""Settings and fixtures of all tests, the examples in `dpn_jax/` among them. Imports neither torch nor timm."""
 
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import jax
 import pytest
-import torch
 from jax.experimental.compilation_cache import compilation_cache
 
-from convert.timm_import import import_timm
-from tests.support.checkpoints import save_timm, timm_dpn
+if TYPE_CHECKING:
+    import torch
+
+collect_ignore = ["tests/support"]  # no tests or examples; some of it needs torch
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# torch's threads spin while they wait: those of several workers on the same cores take twice the time
-_THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-torch.set_num_threads(_THREADS)
-os.environ["OMP_NUM_THREADS"] = str(_THREADS)  # for the processes that a test starts
+# torch's threads spin while they wait: those of several workers on the same cores take twice the time. Set before torch
+# is imported, which reads it only then, and for the processes that a test starts.
+os.environ["OMP_NUM_THREADS"] = str(
+    max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+)
 
 # a shell ignores Ctrl-C for what it runs in the background, and the processes that a test starts would inherit that
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Tests run in parallel where pytest-xdist is installed: `-n auto` is the default, `-n 0` turns it off."""
+    if getattr(config.option, "numprocesses", 0) is None and not (config.option.tx or hasattr(config, "workerinput")):
+        config.option.numprocesses, config.option.maxprocesses = "auto", config.option.maxprocesses or 4
+        config.option.dist = "worksteal" if config.option.dist == "no" else config.option.dist
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -37,7 +48,7 @@ _SLOW_EXAMPLES = {"train_step", "fast_apply", "fast_forward", "export_model", "C
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what cannot be marked where it is: examples, and all tests of the finished run of `test_finetune_loop`."""
+    """Marks what cannot be marked where it is: examples, and all tests of the finished run of `finetune/test_run`."""
     for item in items:
         example = isinstance(item, pytest.DoctestItem) and item.name.rpartition(".")[2] in _SLOW_EXAMPLES
         if example or "finished" in getattr(item, "fixturenames", ()):
@@ -65,24 +76,33 @@ def forget_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def timm() -> ModuleType:
+def timm_models() -> ModuleType:
+    """`tests.support.timm_models`; a test that needs it is skipped where torch or timm is not installed."""
+    return pytest.importorskip("tests.support.timm_models")
+
+
+@pytest.fixture(scope="session")
+def timm(timm_models: ModuleType) -> ModuleType:
     """The reference implementation."""
-    return import_timm()
+    return timm_models.timm
 
 
 @pytest.fixture(scope="session")
-def tiny_timm(timm: ModuleType) -> torch.nn.Module:
+def tiny_timm(timm_models: ModuleType) -> "torch.nn.Module":
     """A small DPN of timm's with random weights and statistics; do not change it."""
-    return timm_dpn(timm)
+    return timm_models.timm_dpn()
 
 
 @pytest.fixture(scope="session")
-def tiny_timm_file(tiny_timm: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_timm_file(
+    timm_models: ModuleType, tiny_timm: "torch.nn.Module", tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Its weights as timm publishes them; do not change the file."""
-    return save_timm(tiny_timm, tmp_path_factory.mktemp("timm") / "tiny.safetensors")
+    return timm_models.save_timm(tiny_timm, tmp_path_factory.mktemp("timm") / "tiny.safetensors")
 
 
 @pytest.fixture(scope="session")
-def dpn92_file(timm: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dpn92_file(timm_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """timm's untrained DPN-92; do not change the file."""
-    return save_timm(timm.create_model("dpn92"), tmp_path_factory.mktemp("dpn92") / "dpn92.safetensors")
+    folder = tmp_path_factory.mktemp("dpn92")
+    return timm_models.save_timm(timm_models.timm.create_model("dpn92"), folder / "dpn92.safetensors")

@@ -1,0 +1,134 @@
+"""What the network computes with: one frozen record of functions, by default plain `jax.lax`.
+
+Layers take the record as an argument, as Flax's own layers take `conv_general_dilated=`; `dpn_jax.fast` brings others,
+which compute the same.
+
+A *part* is one of several tensors that together are one feature map, split along the channels. Norms and convolutions
+take a map whole or in parts, so that the residual and the dense path of a block are never concatenated just to be read.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Features = TypeVar("Features", bound=jax.Array | tuple[jax.Array, ...])
+"""A feature map `[B, H, W, C]`, or a tuple of parts whose channels add up to C."""
+
+
+def convolve(x: Features, kernel: jax.Array, *, stride: int = 1, groups: int = 1) -> jax.Array:
+    """A 2-D convolution that pads `kernel_size // 2` on every side.
+
+    Not `"SAME"`: at stride 2 and an even size that pads one pixel less, and only on the far side, so that every output
+    sits half a stride away from where the weights were trained.
+
+    Args:
+      x: `[B, H, W, C]`; without groups also in parts, as the sum of one convolution a part on its slice of the kernel.
+      kernel: `[k, k, C / groups, O]`.
+      stride: step in both directions.
+      groups: groups of channels that do not mix.
+
+    Returns:
+      `[B, H', W', O]`, sizes divided by the stride and rounded up.
+
+    Source: `timm.layers.padding.get_padding`.
+    """
+    pad = kernel.shape[0] // 2
+    sums = (
+        lax.conv_general_dilated(
+            part,
+            slice_of_kernel,
+            window_strides=(stride, stride),
+            padding=((pad, pad), (pad, pad)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+        for part, slice_of_kernel in zip(jax.tree.leaves(x), split_channels(kernel, x, axis=2), strict=True)
+    )
+    return functools.reduce(jnp.add, sums)
+
+
+def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The mean and the biased variance of each channel of `[B, H, W, C]`, `[C]` each.
+
+    In two passes: `E[x^2] - E[x]^2` can come out negative.
+    """
+    count = x.size // x.shape[-1]
+    mean = x.sum(axis=(0, 1, 2)) / count
+    return mean, jnp.square(x - mean).sum(axis=(0, 1, 2)) / count
+
+
+def normalize(
+    x: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    *,
+    epsilon: float,
+    batch_stats: bool,
+) -> jax.Array:
+    """Batch norm of one part `[B, H, W, C]`, from vectors `[C]`.
+
+    Args:
+      x: the part.
+      mean, var, scale, bias: of its channels.
+      epsilon: added to the variance.
+      batch_stats: whether mean and variance are those of `x` itself, for a record that differentiates by hand.
+    """
+    del batch_stats
+    # scaling the centered values, not shifting the scaled ones, keeps the digits where mean >> standard deviation
+    return (x - mean) * (scale * lax.rsqrt(var + epsilon)) + bias
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """The stem's 3x3 maximum at stride 2; pads with -inf, so that a border of negative values stays negative."""
+    # the constant is numpy's: reduce_window is only differentiable where it can see that it is -inf
+    return lax.reduce_window(
+        x, np.asarray(-np.inf, x.dtype), lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
+    )
+
+
+def fork(x: Features) -> tuple[Features, Features]:
+    """A map for two readers, whose gradients are added."""
+    return x, x
+
+
+@dataclasses.dataclass(frozen=True)
+class Operations:
+    """The functions that a network computes with, each with the signature and the meaning of the default.
+
+    Args:
+      convolve: see `convolve`.
+      moments: see `moments`; its gradient counts where `normalize` is differentiated.
+      normalize: see `normalize`.
+      max_pool: see `max_pool`.
+      fork: see `fork`.
+    """
+
+    convolve: Callable[..., jax.Array] = convolve
+    moments: Callable[[jax.Array], tuple[jax.Array, jax.Array]] = moments
+    normalize: Callable[..., jax.Array] = normalize
+    max_pool: Callable[[jax.Array], jax.Array] = max_pool
+    fork: Callable[[Features], tuple[Features, Features]] = fork
+
+
+PLAIN = Operations()
+"""The definition: everything else equals it up to rounding."""
+
+
+def split_channels(array: jax.Array, like: Features, axis: int = -1) -> list[jax.Array]:
+    """Slices `array` along `axis` as the parts of `like` slice the channels."""
+    parts = jax.tree.leaves(like)
+    ends = np.cumsum([part.shape[-1] for part in parts[:-1]]).tolist()
+    return jnp.split(array, ends, axis=axis) if ends else [array]
+
+
+def at_least_float32(dtype: np.dtype) -> np.dtype:
+    """What sums of numbers of this dtype are computed in."""
+    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
