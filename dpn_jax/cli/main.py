@@ -78,7 +78,8 @@ def guarded(command: Callable[[], int]) -> int:
     logging.basicConfig(format="dpn-jax: %(message)s", level=logging.WARNING)
     with contextlib.suppress(AttributeError):  # stdout may have been replaced by another object
         sys.stdout.reconfigure(errors="surrogateescape")  # prints file names that are not UTF-8 as their bytes
-    hook, sys.unraisablehook = sys.unraisablehook, lambda lost: interrupt_again(lost) or hook(lost)
+    hook = sys.unraisablehook
+    ours = sys.unraisablehook = lambda lost: interrupt_again(lost) or hook(lost)
     try:
         code = command()
         sys.stdout.flush()
@@ -97,7 +98,8 @@ def guarded(command: Callable[[], int]) -> int:
         note(str(error).split("\n")[0])
         return NOTHING_DONE
     finally:
-        sys.unraisablehook = hook
+        if sys.unraisablehook is ours:  # a failed checkpoint leaves another one behind, on purpose
+            sys.unraisablehook = hook
 
 
 def interrupt_again(lost: "sys.UnraisableHookArgs") -> bool:

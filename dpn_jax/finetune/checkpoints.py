@@ -61,8 +61,6 @@ class Checkpoints:
         self.folder = folder.resolve()
         self._newest = ocp.checkpoint_managers.LatestN(keep)
         self._policy = ocp.checkpoint_managers.AnyPreservationPolicy([self._newest])
-        self._quiet = contextlib.ExitStack()
-        self._quiet.enter_context(_without_lost_tasks())
         index = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
         self._manager = ocp.CheckpointManager(
@@ -104,7 +102,8 @@ class Checkpoints:
             notes=ocp.args.JsonSave({"notes": notes, "digest": _digest(arrays, notes)}),
         )
         try:
-            self._manager.save(step, args=contents, force=True)
+            with _errors_printed_once():
+                self._manager.save(step, args=contents, force=True)
         except Exception as error:  # Orbax and TensorStore raise many types
             raise RunError(
                 f"{self.folder / str(step)}: the checkpoint cannot be written ({reason(error)}); "
@@ -125,7 +124,8 @@ class Checkpoints:
 
         contents = ocp.args.Composite(state=ocp.args.PyTreeRestore(), notes=ocp.args.JsonRestore())
         try:
-            read = self._manager.restore(step, args=contents)
+            with _errors_printed_once():
+                read = self._manager.restore(step, args=contents)
             arrays, notes, digest = read.state, read.notes["notes"], read.notes["digest"]
             intact = digest == _digest(arrays, notes)
         except Exception as error:  # a damaged file raises any type
@@ -166,7 +166,6 @@ class Checkpoints:
     def close(self) -> None:
         """Releases the folder."""
         self._manager.close()
-        self._quiet.close()
 
     def _set_aside(self, step: int) -> None:
         """Frees the name, which the resumed run needs when it reaches this step again."""
@@ -180,27 +179,24 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def _without_lost_tasks() -> Iterator[None]:
+def _errors_printed_once() -> Iterator[None]:
     """Hides what Orbax prints about an error that it raises as well.
 
-    When one array cannot be written or read, Orbax logs the traceback and closes its event loop, and TensorStore's
-    threads then find the loop closed for each of the other arrays: exceptions that nobody can catch, at any later time.
+    When one array cannot be written or read, Orbax logs the traceback and closes its event loop. TensorStore's threads
+    then find the loop closed for each of the other arrays: exceptions that nobody can catch, at any later time.
     """
-    hook = sys.unraisablehook
+    hook, loggers = sys.unraisablehook, [logging.getLogger(name) for name in ("absl", "asyncio")]
     sys.unraisablehook = lambda lost: None if str(lost.exc_value) == "Event loop is closed" else hook(lost)
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     for log in loggers:
         log.addFilter(_is_not_orbax)
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
-        for log in loggers:
-            log.removeFilter(_is_not_orbax)
+    yield  # not in try: after an error this must last, since no event tells when the last thread has ended
+    sys.unraisablehook = hook
+    for log in loggers:
+        log.removeFilter(_is_not_orbax)
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:
-    lost_task = record.getMessage().startswith("Task exception was never retrieved")
+    lost_task = "exception was never retrieved" in record.getMessage()  # of a Task, Future or _GatheringFuture
     return not lost_task and "orbax" not in Path(record.pathname).parts
 
 
