@@ -88,9 +88,9 @@ def timm(timm_models: ModuleType) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def tiny_timm(timm_models: ModuleType) -> "torch.nn.Module":
+def tiny_timm(timm_models: ModuleType, timm: ModuleType) -> "torch.nn.Module":
     """A small DPN of timm's with random weights and statistics; do not change it."""
-    return timm_models.timm_dpn()
+    return timm_models.timm_dpn(timm)
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +102,6 @@ def tiny_timm_file(
 
 
 @pytest.fixture(scope="session")
-def dpn92_file(timm_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dpn92_file(timm_models: ModuleType, timm: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """timm's untrained DPN-92; do not change the file."""
-    folder = tmp_path_factory.mktemp("dpn92")
-    return timm_models.save_timm(timm_models.timm.create_model("dpn92"), folder / "dpn92.safetensors")
+    return timm_models.save_timm(timm.create_model("dpn92"), tmp_path_factory.mktemp("dpn92") / "dpn92.safetensors")

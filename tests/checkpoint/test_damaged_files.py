@@ -581,7 +581,7 @@ import dpn_jax
 from dpn_jax.checkpoint.save import convert
 source, old, new = sys.argv[1:]
 model = dpn_jax.load(source)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
 for path in (old, new):
     for write in (lambda: convert(source, path, overwrite=True), lambda: dpn_jax.save(model, path, overwrite=True)):
         try:

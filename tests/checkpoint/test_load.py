@@ -304,7 +304,7 @@ def test_no_classifier_at_all_gives_a_model_without_one(
     assert model.config == TINY.replace(num_classes=0)
     assert model.classifier is None
     assert_weights(model, headless.state_dict())
-    assert dpn_jax.load(tmp_path / "a.safetensors", num_classes=3).classifier.kernel.shape == (1, 1, 268, 3)
+    assert dpn_jax.load(tmp_path / "a.safetensors", num_classes=3).classifier.kernel.shape == (1, 1, 152, 3)
 
 
 # Adaptation
@@ -348,7 +348,7 @@ def test_adapted_from_gray_weights_is_refused(timm: ModuleType, tmp_path: Path) 
 def test_another_number_of_classes_starts_a_new_classifier(tiny_timm: torch.nn.Module, tiny_timm_file: Path) -> None:
     model = dpn_jax.load(tiny_timm_file, num_classes=9, rngs=nnx.Rngs(3))
     ours = values(model)
-    assert ours["classifier.kernel"].shape == (1, 1, 268, 9)
+    assert ours["classifier.kernel"].shape == (1, 1, 152, 9)
     for name, value in to_flax(tiny_timm.state_dict()).items():
         if not name.startswith("classifier"):
             np.testing.assert_array_equal(ours[name], value)
@@ -367,9 +367,9 @@ def test_pool(pool: str, timm: ModuleType, tiny_timm_file: Path, tmp_path: Path)
     reference = timm_dpn(timm, global_pool=pool)
     if pool == "catavgmax":  # the classifier's width tells this one
         model = dpn_jax.load(save_timm(reference, tmp_path / "a.safetensors"))
-        with pytest.raises(ValueError, match="global_pool='catavgmax' gives the classifier 536 features"):
+        with pytest.raises(ValueError, match="global_pool='catavgmax' gives the classifier 304 features"):
             dpn_jax.load(tiny_timm_file, global_pool=pool)
-        assert dpn_jax.load(tiny_timm_file, global_pool=pool, num_classes=5).classifier.kernel.shape == (1, 1, 536, 5)
+        assert dpn_jax.load(tiny_timm_file, global_pool=pool, num_classes=5).classifier.kernel.shape == (1, 1, 304, 5)
     else:
         model = dpn_jax.load(tiny_timm_file, global_pool=pool)
     assert model.config.global_pool == pool
