@@ -121,8 +121,8 @@ assert all(row.within(1e-5) for row in rows)
 # ## Changing the network
 #
 # `block=` takes a class of your own. This one adds squeeze-and-excitation to the residual path. The trained weights go
-# in by name, only the gates are new and start at 1; three training steps, a file, and a classifier follow. Whatever assumes the stock
-# network refuses a changed one in one line: `fast=False` runs it as it is.
+# in by name, only the gates are new and start at 1; three training steps, a file, and a classifier follow. Whatever
+# assumes the stock network refuses a changed one in one line: `fast=False` runs it as it is.
 
 # %%
 import jax

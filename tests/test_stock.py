@@ -36,7 +36,7 @@ def test_what_was_changed_is_named(name: str) -> None:
     expected = {
         "squeeze-excite after expand": {"stages.0.0": "is a SqueezeExciteAfter, not a DualPathBlock"},
         "squeeze-excite between": {"stages.0.0": "is a SqueezeExciteBlock, not a DualPathBlock"},
-        "activation": {"stages.0.0.grouped.norm": "activation is 'silu', not 'relu'"},
+        "activation": {"stages.0.0.expand.norm": "activation is 'silu', not 'relu'"},
         "norm": {"stages.0.0.expand.norm": "is a Halved, not a NormAct"},
         "head": {"": "is a OwnHead, not a DPN"},
         "linear head": {"classifier": "is a Linear, not a Conv"},

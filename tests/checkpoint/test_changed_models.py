@@ -14,112 +14,33 @@ from flax import nnx
 import dpn_jax
 from dpn_jax import DPN, CheckpointError
 from dpn_jax.checkpoint.save import convert
-from dpn_jax.layers import NormAct
-from dpn_jax.model import DualPath, DualPathBlock, split_paths
 from dpn_jax.stock import changes
-from tests.support.checkpoints import TINY, images, values
+from tests.support.changed_models import Halved, changed_model
+from tests.support.models import TINY, randomize, values
 
-
-class SqueezeExcite(nnx.Module):
-    """Scales each channel of `[B, H, W, C]` by what the whole image shows."""
-
-    def __init__(self, channels: int, *, rngs: nnx.Rngs) -> None:
-        self.down = nnx.Linear(channels, 2, rngs=rngs)
-        self.up = nnx.Linear(2, channels, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x * nnx.sigmoid(self.up(nnx.relu(self.down(x.mean(axis=(1, 2), keepdims=True)))))
-
-
-class SEBlock(DualPathBlock):
-    """Squeeze-excite on both paths, after expand."""
-
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        stage = TINY.stages[0]
-        super().__init__(stage, 0, split_expand=TINY.split_expand, rngs=rngs)
-        self.se = SqueezeExcite(stage.residual + 3 * stage.increment, rngs=rngs)
-
-    def __call__(self, x: DualPath | jax.Array) -> DualPath:
-        return split_paths(self.se(jnp.concatenate(super().__call__(x), axis=-1)), self.residual_channels)
-
-
-class InnerSEBlock(DualPathBlock):
-    """Squeeze-excite between grouped and expand."""
-
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        stage = TINY.stages[0]
-        super().__init__(stage, 0, split_expand=TINY.split_expand, rngs=rngs)
-        self.se = SqueezeExcite(stage.bottleneck, rngs=rngs)
-
-    def __call__(self, x: DualPath | jax.Array) -> DualPath:
-        residual, dense = split_paths(self.shortcut(x), self.residual_channels)
-        added, appended = self.expand(self.se(self.grouped(self.reduce(x))))
-        return DualPath(residual + added, jnp.concatenate([dense, appended], axis=-1))
-
-
-class HalvedNorm(NormAct):
-    """Has the names and shapes of a stock norm, but not its values."""
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return jax.tree.map(lambda y: y / 2, super().__call__(x))
+IMAGES = np.random.default_rng(0).standard_normal((2, 48, 48, 3), np.float32)
+GATE = ("excite.bias", "excite.kernel", "squeeze.bias", "squeeze.kernel")
 
 
 def stock(seed: int) -> DPN:
     """A small model whose norms, statistics and counters all differ, in eval mode."""
     model = dpn_jax.create_model(TINY.replace(drop_rate=0.1), rngs=nnx.Rngs(seed))
-    rng = np.random.default_rng(seed)
-    for _, norm in nnx.iter_modules(model):
-        if isinstance(norm, NormAct):
-            for variable in (norm.scale, norm.bias, norm.mean, norm.var):
-                variable.set_value(jnp.asarray(rng.uniform(0.5, 1.5, variable.shape), jnp.float32))
-            norm.steps.set_value(jnp.asarray(rng.integers(1, 1000), jnp.int32))
-    model.eval()
-    return model
-
-
-def with_block(block: type[DualPathBlock]) -> Callable[[int], DPN]:
-    def build(seed: int) -> DPN:
-        model = stock(seed)
-        model.stages[0][0] = block(nnx.Rngs(seed))
-        model.eval()
-        return model
-
-    return build
-
-
-def with_linear_head(seed: int) -> DPN:
-    model = stock(seed)
-    model.classifier = nnx.data(nnx.Linear(TINY.head_features, TINY.num_classes, rngs=nnx.Rngs(seed)))
-    return model
-
-
-def with_norm(seed: int) -> DPN:
-    model = stock(seed)
-    norm = HalvedNorm(TINY.num_features, rngs=nnx.Rngs(seed))
-    nnx.update(norm, nnx.state(model.norm))
-    model.norm = norm
-    model.eval()
-    return model
-
-
-def with_activation(seed: int) -> DPN:
-    model = stock(seed)
-    model.norm.activation = "silu"
-    return model
+    return randomize(model, seed=seed)
 
 
 CHANGED = {
-    "squeeze-excite after expand": (with_block(SEBlock), "stages.0.0: a SEBlock", "a DualPathBlock"),
-    "squeeze-excite before expand": (with_block(InnerSEBlock), "stages.0.0: a InnerSEBlock", "a DualPathBlock"),
-    "linear head": (with_linear_head, "classifier: a Linear", "a Conv"),
-    "norm": (with_norm, "norm: a HalvedNorm", "a NormAct"),
-    "activation": (with_activation, "norm: activation is 'silu'", "'relu'"),
+    "squeeze-excite after expand": ("stages.0.0: a SqueezeExciteAfter", "a DualPathBlock"),
+    "squeeze-excite between": ("stages.0.0: a SqueezeExciteBlock", "a DualPathBlock"),
+    "linear head": ("classifier: a Linear", "a Conv"),
+    "norm": ("stages.0.0.expand.norm: a Halved", "a NormAct"),
+    "activation": ("stages.0.0.expand.norm: activation is 'silu'", "'relu'"),
+    "head": ("the model: a OwnHead", "a DPN"),
 }
-changed = pytest.mark.parametrize(("build", "in_file", "in_model"), CHANGED.values(), ids=CHANGED)
+changed = pytest.mark.parametrize(("name", "in_file", "in_model"), [(name, *said) for name, said in CHANGED.items()])
 
 
 def outputs(model: DPN) -> np.ndarray:
-    return np.asarray(nnx.jit(lambda model, x: model(x))(model, images()))
+    return np.asarray(nnx.jit(lambda model, x: model(x))(model, IMAGES))
 
 
 def contents(model: DPN) -> dict[str, np.ndarray]:
@@ -148,10 +69,8 @@ def assert_refused(path: Path, model: nnx.Module, *said: str) -> CheckpointError
 
 
 @changed
-def test_a_changed_model_is_restored_into_an_equal_one(
-    build: Callable[[int], DPN], in_file: str, in_model: str, tmp_path: Path
-) -> None:
-    model, other = build(0), build(1)
+def test_a_changed_model_is_restored_into_an_equal_one(name: str, in_file: str, in_model: str, tmp_path: Path) -> None:
+    model, other = changed_model(name, 0), changed_model(name, 1)
     model.provenance = model.provenance._replace(source="mine", class_names=tuple("abcde"))
     other.train()
     before = contents(other)
@@ -160,41 +79,37 @@ def test_a_changed_model_is_restored_into_an_equal_one(
     assert other.provenance == model.provenance
     np.testing.assert_array_equal(outputs(other), outputs(model))
     after = contents(other)
-    for name, value in contents(model).items():
-        np.testing.assert_array_equal(after[name], before[name] if name.startswith("dropout.") else value)
+    for path, value in contents(model).items():
+        np.testing.assert_array_equal(after[path], before[path] if path.startswith("dropout.") else value)
     with safetensors.safe_open(tmp_path / "a.safetensors", framework="numpy") as file:
         assert json.loads(file.metadata()["changes"]) == changes(model)
 
 
 @changed
-def test_a_changed_model_does_not_go_into_a_stock_one(
-    build: Callable[[int], DPN], in_file: str, in_model: str, tmp_path: Path
-) -> None:
-    dpn_jax.save(build(0), tmp_path / "a.safetensors")
+def test_a_changed_model_does_not_go_into_a_stock_one(name: str, in_file: str, in_model: str, tmp_path: Path) -> None:
+    dpn_jax.save(changed_model(name), tmp_path / "a.safetensors")
     error = assert_refused(tmp_path / "a.safetensors", stock(1), f"{in_file} in the file, {in_model} in the model")
-    assert all(".se." in name for name in error.unknown)
+    assert all(".gate." in name for name in error.unknown)
 
 
 @changed
 def test_a_stock_model_goes_into_a_changed_one_only_where_all_paths_fit(
-    build: Callable[[int], DPN], in_file: str, in_model: str, tmp_path: Path
+    name: str, in_file: str, in_model: str, tmp_path: Path
 ) -> None:
-    model, other = stock(0), build(1)
+    model, other = stock(0), changed_model(name, 1)
     dpn_jax.save(model, tmp_path / "a.safetensors")
     if values(model).keys() == values(other).keys() and "Linear" not in in_file:
         dpn_jax.load(tmp_path / "a.safetensors", into=other)
-        for name, value in values(model).items():
-            np.testing.assert_array_equal(values(other)[name], value)
+        for path, value in values(model).items():
+            np.testing.assert_array_equal(values(other)[path], value)
     else:
         assert_refused(tmp_path / "a.safetensors", other)
 
 
 @changed
-def test_without_an_instance_one_line_says_what_to_do(
-    build: Callable[[int], DPN], in_file: str, in_model: str, tmp_path: Path
-) -> None:
+def test_without_an_instance_one_line_says_what_to_do(name: str, in_file: str, in_model: str, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    dpn_jax.save(build(0), path)
+    dpn_jax.save(changed_model(name), path)
     for read, said in (
         (lambda: dpn_jax.load(path), ""),
         (lambda: dpn_jax.load(path, model=TINY), ""),
@@ -211,23 +126,26 @@ def test_without_an_instance_one_line_says_what_to_do(
 
 
 def test_all_differences_are_one_sorted_error(tmp_path: Path) -> None:
-    model, other = with_block(SEBlock)(0), with_linear_head(1)
-    other.norm = HalvedNorm(TINY.num_features + 1, rngs=nnx.Rngs(0))
+    model, other = changed_model("squeeze-excite after expand"), changed_model("linear head", 1)
+    other.norm = Halved(TINY.num_features + 1, rngs=nnx.Rngs(0))
     dpn_jax.save(model, tmp_path / "a.safetensors")
-    error = assert_refused(tmp_path / "a.safetensors", other, "4 unknown", "5 misshaped", "3 changed")
+    error = assert_refused(tmp_path / "a.safetensors", other, "12 unknown", "5 misshaped", "5 changed")
     assert error.missing == ()
-    assert error.unknown == tuple(
-        f"stages.0.0.se.{name}" for name in ("down.bias", "down.kernel", "up.bias", "up.kernel")
-    )
+    assert error.unknown == tuple(f"stages.{block}.gate.{name}" for block in ("0.0", "0.1", "1.0") for name in GATE)
     assert error.misshaped == (
-        "classifier.kernel: [1, 1, 268, 5], expected [268, 5]",
-        *(f"norm.{name}: [268], expected [269]" for name in ("bias", "mean", "scale", "var")),
+        f"classifier.kernel: [1, 1, {TINY.num_features}, 5], expected [{TINY.num_features}, 5]",
+        *(
+            f"norm.{name}: [{TINY.num_features}], expected [{TINY.num_features + 1}]"
+            for name in ("bias", "mean", "scale", "var")
+        ),
     )
     assert str(error).endswith(
         "changed:\n"
         "  classifier: a Conv in the file, a Linear in the model\n"
-        "  norm: a NormAct in the file, a HalvedNorm in the model\n"
-        "  stages.0.0: a SEBlock in the file, a DualPathBlock in the model"
+        "  norm: a NormAct in the file, a Halved in the model\n"
+        "  stages.0.0: a SqueezeExciteAfter in the file, a DualPathBlock in the model\n"
+        "  stages.0.1: a SqueezeExciteAfter in the file, a DualPathBlock in the model\n"
+        "  stages.1.0: a SqueezeExciteAfter in the file, a DualPathBlock in the model"
     )
     assert assert_refused(_saved(stock(0), tmp_path / "b.safetensors"), model).missing == error.unknown
 
@@ -238,8 +156,10 @@ def _saved(model: DPN, path: Path) -> Path:
 
 
 def test_two_models_that_were_changed_differently(tmp_path: Path) -> None:
-    path = _saved(with_activation(0), tmp_path / "a.safetensors")
-    assert_refused(path, with_norm(1), "norm: activation is 'silu' in the file, a HalvedNorm in the model")
+    path = _saved(changed_model("activation"), tmp_path / "a.safetensors")
+    assert_refused(
+        path, changed_model("norm", 1), "expand.norm: activation is 'silu' in the file, a Halved in the model"
+    )
 
 
 def test_a_class_of_its_own(tmp_path: Path) -> None:
@@ -255,8 +175,8 @@ def test_a_class_of_its_own(tmp_path: Path) -> None:
 
 
 def test_timms_weights_go_into_a_model_with_another_activation(tiny_timm_file: Path) -> None:
-    model = dpn_jax.load(tiny_timm_file, into=with_activation(0))
-    assert model.norm.activation == "silu"
+    model = dpn_jax.load(tiny_timm_file, into=changed_model("activation"))
+    assert model.stages[0][0].expand.norm.activation == "silu"
     assert model.provenance.source == "tiny.safetensors"
     expected = dpn_jax.load(tiny_timm_file)
     for name, value in values(expected).items():
@@ -266,8 +186,11 @@ def test_timms_weights_go_into_a_model_with_another_activation(tiny_timm_file: P
 
 def test_timms_weights_are_named_as_in_their_file(tiny_timm_file: Path) -> None:
     model = dpn_jax.create_model(TINY.replace(num_classes=7, depths=(1, 1), dense_increments=(4, 4)), rngs=nnx.Rngs(0))
-    error = assert_refused(tiny_timm_file, model, "unknown (first: features.conv4_1.")
-    assert "classifier.weight: [1, 1, 268, 5], expected [1, 1, 140, 7]" in error.misshaped
+    error = assert_refused(tiny_timm_file, model, "unknown (first: features.conv2_2.")
+    assert (
+        f"classifier.weight: [1, 1, {TINY.num_features}, 5], expected [1, 1, {model.config.num_features}, 7]"
+        in error.misshaped
+    )
 
 
 def test_counters_that_old_files_lack_are_zero(tmp_path: Path) -> None:
@@ -291,16 +214,16 @@ def test_parameters_keep_the_dtype_of_the_instance(tmp_path: Path) -> None:
 
 
 def test_values_are_checked_before_any_is_restored(tmp_path: Path) -> None:
-    model, other = with_block(SEBlock)(0), with_block(SEBlock)(1)
-    model.stages[0][0].se.up.bias[...] = jnp.nan
+    model, other = (changed_model("squeeze-excite after expand", seed) for seed in range(2))
+    model.stages[0][0].gate.excite.bias[...] = jnp.nan
     path = _saved(model, tmp_path / "a.safetensors")
     before = values(other)
-    with pytest.raises(CheckpointError, match=r"stages\.0\.0\.se\.up\.bias: NaN or infinity; --allow-nonfinite"):
+    with pytest.raises(CheckpointError, match=r"stages\.0\.0\.gate\.excite\.bias: NaN or infinity; --allow-nonfinite"):
         dpn_jax.load(path, into=other)
     for name, value in before.items():
         np.testing.assert_array_equal(values(other)[name], value)
     dpn_jax.load(path, into=other, allow_nonfinite=True)
-    assert np.isnan(values(other)["stages.0.0.se.up.bias"]).all()
+    assert np.isnan(values(other)["stages.0.0.gate.excite.bias"]).all()
 
 
 @pytest.mark.parametrize("options", [{"num_classes": 5}, {"model": TINY}, {"dtype": jnp.float32, "rngs": nnx.Rngs(0)}])

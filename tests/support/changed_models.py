@@ -66,22 +66,22 @@ class OwnHead(DPN):
         return super().forward_head(features.max(axis=(1, 2), keepdims=True), pre_logits=pre_logits)
 
 
-def changed_model(name: str) -> DPN:
+def changed_model(name: str, seed: int = 0) -> DPN:
     """One of `CHANGED`."""
-    rngs = nnx.Rngs(0)
+    config, rngs = TINY.replace(drop_rate=0.1), nnx.Rngs(seed)
     match name:
         case "squeeze-excite after expand":
-            model = create_model(TINY, block=SqueezeExciteAfter)
+            model = create_model(config, block=SqueezeExciteAfter, rngs=rngs)
         case "squeeze-excite between":
-            model = create_model(TINY, block=SqueezeExciteBlock)
+            model = create_model(config, block=SqueezeExciteBlock, rngs=rngs)
         case "head":
-            model = OwnHead(TINY, rngs=rngs)
+            model = OwnHead(config, rngs=rngs)
         case _:
-            model = create_model(TINY)
+            model = create_model(config, rngs=rngs)
     if name == "activation":
-        model.stages[0][0].grouped.norm.activation = "silu"
+        model.stages[0][0].expand.norm.activation = "silu"
     if name == "norm":
         model.stages[0][0].expand.norm = Halved(TINY.stages[0].bottleneck, rngs=rngs)
     if name == "linear head":
         model.classifier = nnx.Linear(TINY.num_features, TINY.num_classes, rngs=rngs)
-    return randomize(model)
+    return randomize(model, seed=seed)

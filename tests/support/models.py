@@ -19,16 +19,17 @@ TINY = DPNConfig(
 """Both kinds of block, with and without a projection shortcut; timm's `DPN` can express it too."""
 
 
-def randomize(model: DPN) -> DPN:
+def randomize(model: DPN, *, seed: int = 0) -> DPN:
     """Draws every parameter and every statistic, in place: fresh norms are all 0 and 1 and hide mistakes.
 
     Args:
       model: one of ours, which may be abstract (`DPN(config, rngs=None)`: nothing is compiled).
+      seed: another one, other values.
 
     Returns:
       The same model, in eval mode.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
 
     def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name == "kernel":
