@@ -541,7 +541,7 @@ def test_a_worker_outlives_signals_to_all_and_its_death_is_an_error(everything: 
 
 SCRIPT = """
 import sys, time
-from dpn_jax.config import Preprocessing
+from dpn_jax.pretrained import Preprocessing
 from dpn_jax.finetune import FinetuneConfig, batches, image_folder
 
 def main():
