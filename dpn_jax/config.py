@@ -206,7 +206,7 @@ VARIANTS: dict[str, DPNConfig] = {
     "dpn107": DPNConfig(
         depths=(4, 8, 20, 3), dense_increments=(20, 64, 64, 128), bottleneck_width=200, groups=50, stem_features=128
     ),
-    # not timm's: small enough to come with the package, and trained in minutes on a CPU
+    # not timm's: small enough to come with the package, and trained in minutes
     "dpn_tiny": DPNConfig(
         depths=(1, 2, 2, 1),
         dense_increments=(8, 8, 8, 8),
