@@ -101,7 +101,7 @@ def test_no_circle_within_a_package(package: str) -> None:
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
-@pytest.mark.parametrize("name", ["config", "layers", "model"])
+@pytest.mark.parametrize("name", ["config", "operations", "layers", "blocks", "model"])
 def test_the_readable_model_names_no_backend(name: str) -> None:
     words = "backend|compiler|xla|llvm|eigen|cpu|gpu|tpu|cuda|rocm"
     text = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
