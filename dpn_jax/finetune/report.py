@@ -98,7 +98,8 @@ def check_record(output: Path, record: Record) -> None:
     """
     saved, given = read_record(output), record.as_json()
     # other options can select other images, so they are reported first
-    for old, new in ((saved.get("config") or {}, given.pop("config")), (saved, given)):
+    defaults = json.loads(json.dumps(dataclasses.asdict(FinetuneConfig())))  # of options newer than the run
+    for old, new in ((defaults | (saved.get("config") or {}), given.pop("config")), (saved, given)):
         different = [name for name in new if old.get(name) != new[name]]
         if different:
             values = "; ".join(f"{name} was {_short(old.get(name))}, now {_short(new[name])}" for name in different)
