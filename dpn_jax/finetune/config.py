@@ -68,7 +68,7 @@ class FinetuneConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the arithmetic; parameters are float32."""
     fast: bool = True
-    """Run the backend's fast form; --no-fast runs the plain one, which any changed model needs."""
+    """Train in the fast form of the backend. The plain form, without it, is for changed models."""
     remat: bool = False
     """Recompute blocks in the backward pass: less memory, more time."""
     image_size: int | None = None
