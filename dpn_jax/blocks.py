@@ -1,7 +1,7 @@
-"""A block of the network, to be read beside the paper's Figure 2 (Chen et al., NIPS 2017, arXiv 1707.01629).
+"""A block of the network, to be read alongside the paper's Figure 2 (Chen et al., NIPS 2017, arXiv 1707.01629).
 
 Every block carries two tensors. It reads both, *adds* to the residual path and *appends* to the dense path:
-features are re-used as in a ResNet and explored as in a DenseNet.
+features are reused as in a ResNet and explored as in a DenseNet.
 """
 
 from collections.abc import Callable
@@ -74,14 +74,14 @@ class Expand(nnx.Module):
 class DualPathBlock(nnx.Module):
     """One micro-block of the paper's Figure 2 (d): 1x1 reduce, grouped 3x3, 1x1 expand.
 
-    The first block of a stage projects what it reads with `shortcut` to start both paths afresh.
+    The first block of a stage projects what it reads with `shortcut` to start both paths anew.
 
     Args:
       stage: the stage's sizes.
       index: number of the block in its stage, from 0.
       split_expand: see `DPNConfig`.
       norm: called as `norm(channels, **options)`, also with `activation=` for the stem's and the last one.
-      operations: what the block computes with.
+      operations: the functions to use, see `dpn_jax.operations`.
       rngs: source of the initial values; None leaves them abstract.
       options: `dtype` and `param_dtype`, see `DPN`.
 
@@ -118,7 +118,7 @@ class DualPathBlock(nnx.Module):
         return DualPath(residual + added, jnp.concatenate([dense, appended], axis=-1))
 
     def project(self, x: DualPath | jax.Array) -> DualPath:
-        """The two paths to add to and to append to: those that come in, or a stage's fresh ones."""
+        """The paths to add to and append to: the input, or its projection in a stage's first block."""
         return x if self.shortcut is None else split_paths(self.shortcut(x), self.residual_channels)
 
     def set_view(self, operations: Operations | None = None) -> None:
@@ -127,7 +127,7 @@ class DualPathBlock(nnx.Module):
 
 
 def split_paths(x: jax.Array, residual_channels: int) -> DualPath:
-    """Takes a concatenated map apart: the first channels are the residual path's."""
+    """Splits a concatenated map: the first channels are the residual path's."""
     # jnp.split, not two slices: its gradient is one concatenation, where that of two slices is a sum of padded maps
     return DualPath(*jnp.split(x, [residual_channels], axis=-1))
 

@@ -1,7 +1,7 @@
 """The building blocks: convolution, norm with activation, pooling. Everything is `[B, H, W, C]`.
 
-What they compute with is `operations`, a frozen record whose default is plain `jax.lax`; see `dpn_jax.operations`, also
-for what a map *in parts* is.
+The functions that they use are `operations`, plain `jax.lax` by default; see `dpn_jax.operations`, also for what a map
+*in parts* is.
 """
 
 import contextlib
@@ -31,11 +31,11 @@ class Conv(nnx.Module):
       stride: step in both directions.
       groups: groups of channels that do not mix.
       use_bias: adds a bias.
-      operations: what it computes with.
+      operations: the functions to use.
       dtype: dtype of the arithmetic and the result.
       param_dtype: dtype of the parameters.
       rngs: source of the initial values, `U(-1/sqrt(fan_in), 1/sqrt(fan_in))` for kernel and bias as in torch. None
-        leaves the parameters abstract (`jax.ShapeDtypeStruct`), for loaded ones to be put in.
+        leaves the parameters abstract (`jax.ShapeDtypeStruct`), to be filled in on loading.
 
     Source: `torch.nn.Conv2d.reset_parameters`.
     """
@@ -79,15 +79,15 @@ class Conv(nnx.Module):
 class NormAct(nnx.Module):
     """Batch norm, then an activation, with torch's conventions.
 
-    In training it normalizes with the batch's biased variance and moves the running variance towards the unbiased one,
-    as torch does (Flax's BatchNorm moves it towards the biased one). Statistics are computed in float32 at least.
+    In training it normalizes with the batch's biased variance and moves the running variance toward the unbiased one,
+    as torch does (Flax's BatchNorm moves it toward the biased one). Statistics are computed in at least float32.
 
     Args:
       channels: channels normalized.
       activation: 'relu' or 'silu'.
       epsilon: added to the variance; every DPN uses 1e-3.
       momentum: share of the old running statistics kept at a training step; torch's momentum 0.1 is 0.9 here.
-      operations: what it computes with.
+      operations: the functions to use.
       dtype: dtype of the result.
       param_dtype: dtype of the scale, the bias and the running statistics.
       rngs: None leaves the parameters abstract, as in `Conv`; nothing here is random.
@@ -112,7 +112,7 @@ class NormAct(nnx.Module):
         self.bias = nnx.Param(vector)
         self.mean = nnx.BatchStat(vector)
         self.var = nnx.BatchStat(vector)
-        # torch's num_batches_tracked: not used, but kept for the way back
+        # torch's num_batches_tracked: not used, but kept for converting back to timm
         self.steps = nnx.BatchStat(jax.ShapeDtypeStruct((), jnp.int32))
         self.activation = activation
         self.epsilon = epsilon
@@ -146,14 +146,14 @@ class NormAct(nnx.Module):
 
         Args:
           use_running_average: normalize with the running statistics and keep them.
-          operations: what to compute with.
+          operations: the functions to use.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
         self.operations = operations or self.operations
 
     def running_statistics(self) -> tuple[jax.Array, jax.Array]:
-        """The running mean and variance, `[C]` each, in float32 at least."""
+        """The running mean and variance, `[C]` each, in at least float32."""
         dtype = at_least_float32(self.mean.dtype)
         return self.mean[...].astype(dtype), self.var[...].astype(dtype)
 
@@ -170,7 +170,7 @@ class NormAct(nnx.Module):
 
     def _move_running(self, running: nnx.BatchStat, value: jax.Array) -> None:
         value = lax.stop_gradient(value).astype(running.dtype)
-        # not `running[...] = `: that asks a tracer for its sharding, which takes Flax half a minute a network
+        # not `running[...] = `: that asks a tracer for its sharding, which takes Flax half a minute per network
         running.set_value(self.momentum * running[...] + (1 - self.momentum) * value)
 
 
@@ -202,7 +202,7 @@ class NormActConv(nnx.Module):
         return self.conv(self.norm(x))
 
 
-_within = contextvars.ContextVar("within", default=False)
+_deferred = contextvars.ContextVar("within", default=False)
 
 
 @contextlib.contextmanager
@@ -210,37 +210,39 @@ def initialized_together(module: nnx.Module, rngs: nnx.Rngs | None) -> Iterator[
     """Keeps every `Conv` and `NormAct` abstract, and calls `initialize` on `module` at the end of the outermost one.
 
     So one program draws a whole network's parameters: compiling a random draw for each shape takes half a minute for a
-    DPN-92. Modules of other kinds take their values from `rngs` at once, as they like.
+    DPN-92. Modules of other kinds take their values from `rngs` at once.
     """
-    outer = _within.get()
-    token = _within.set(True)
+    outer = _deferred.get()
+    token = _deferred.set(True)
     try:
         yield
     finally:
-        _within.reset(token)
+        _deferred.reset(token)
     if not outer:
         initialize(module, rngs)
 
 
 def initialize(module: nnx.Module, rngs: nnx.Rngs | None) -> None:
-    """Gives what is abstract in every `Conv` and `NormAct` of a module its initial value, all in one program.
+    """Initializes every abstract variable of the `Conv` and `NormAct` modules in a module, in one compiled program.
 
     Args:
-      module: changed in place; values that are there stay.
+      module: changed in place; existing values are kept.
       rngs: its stream `params` is drawn from once; None leaves the module as it is.
 
     Source: `torch.nn.Conv2d.reset_parameters`, `torch.nn.BatchNorm2d.reset_parameters`.
     """
-    if rngs is None or _within.get():
+    if rngs is None or _deferred.get():
         return
     drawn: list[tuple[nnx.Variable, tuple[float, float]]] = []
-    for _, part in nnx.iter_modules(module):
-        if isinstance(part, Conv):
-            limit = math.prod(part.kernel.shape[:3]) ** -0.5
-            drawn += [(variable, (-limit, limit)) for variable in (part.kernel, part.bias) if variable is not None]
-        elif isinstance(part, NormAct):
-            drawn += [(variable, (1, 1)) for variable in (part.scale, part.var)]
-            drawn += [(variable, (0, 0)) for variable in (part.bias, part.mean, part.steps)]
+    for _, submodule in nnx.iter_modules(module):
+        if isinstance(submodule, Conv):
+            limit = math.prod(submodule.kernel.shape[:3]) ** -0.5
+            drawn += [
+                (variable, (-limit, limit)) for variable in (submodule.kernel, submodule.bias) if variable is not None
+            ]
+        elif isinstance(submodule, NormAct):
+            drawn += [(variable, (1, 1)) for variable in (submodule.scale, submodule.var)]
+            drawn += [(variable, (0, 0)) for variable in (submodule.bias, submodule.mean, submodule.steps)]
     drawn = [(variable, bounds) for variable, bounds in drawn if isinstance(variable.get_value(), jax.ShapeDtypeStruct)]
     if not drawn:
         return

@@ -28,15 +28,15 @@ class DPN(nnx.Module):
       block: makes a block, called as `block(stage, index, split_expand=, norm=, operations=, dtype=, param_dtype=,
         rngs=)` with a `StageConfig` and the block's number; a class such as a subclass of `DualPathBlock`.
       norm: makes a norm, see `DualPathBlock`; a class such as a subclass of `NormAct`.
-      operations: what the layers compute with.
+      operations: the functions that the layers use, see `dpn_jax.operations`.
       dtype: dtype of the arithmetic and of the results.
       param_dtype: dtype of the parameters and the running statistics.
-      remat: recompute each block's inside in the backward pass instead of keeping it: less memory, more time.
+      remat: recompute each block's activations in the backward pass instead of keeping them: less memory, more time.
       rngs: streams `params` (initial values) and, where `drop_rate` is not 0, `dropout`. None leaves every parameter
-        abstract (`jax.ShapeDtypeStruct`), for loaded ones to be put in.
+        abstract (`jax.ShapeDtypeStruct`), to be filled in on loading.
 
     Raises:
-      ValueError: `block` or `norm` is no class of `nnx.Module`, or gives other shapes than the network needs.
+      ValueError: `block` or `norm` is not a class of `nnx.Module`, or gives other shapes than the network needs.
 
     Example:
       >>> import jax.numpy as jnp
@@ -89,7 +89,7 @@ class DPN(nnx.Module):
         """Classifies images.
 
         Args:
-          images: `[B, H, W, in_channels]`, normalized floats, at least 32 pixels a side to leave one feature each.
+          images: `[B, H, W, in_channels]`, normalized floats, any size, rounded up at each stride.
 
         Returns:
           Logits `[B, num_classes]`; with `global_pool=""` `[B, H/32, W/32, num_classes]`; with `num_classes=0` the
@@ -181,11 +181,11 @@ class DPN(nnx.Module):
     def reset_classifier(
         self, num_classes: int, global_pool: str | None = None, *, rngs: nnx.Rngs | None = None
     ) -> None:
-        """Replaces the classifier by a fresh one.
+        """Replaces the classifier with a fresh one.
 
         Args:
           num_classes: its width; 0 removes it.
-          global_pool: another pool, or None for the same.
+          global_pool: another pool; None keeps the current one.
           rngs: stream `params` for the initial values; needed unless `num_classes` is 0.
 
         Raises:
@@ -235,7 +235,7 @@ def create_model(
 
     Raises:
       ValueError: an unknown name or a field out of its range.
-      TypeError: a keyword that is no field of `DPNConfig`.
+      TypeError: a keyword that is not a field of `DPNConfig`.
 
     Example:
       >>> model = create_model("dpn68", num_classes=10, depths=(1, 1, 1, 1))
@@ -254,7 +254,7 @@ def pool_and_classify(
     classify: Callable[[jax.Array], jax.Array] | None,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """The head: pools `[B, H, W, C]`, then calls the 1x1 convolution `classify`; at test time the other way round."""
+    """The head: pools `[B, H, W, C]`, then calls the 1x1 convolution `classify`; in reverse with `test_time_pool`."""
     if config.test_time_pool:
         # timm's TestTimePoolHead: overlapping windows the size of the training features, each classified
         x = window_average(features, config.test_time_pool)
@@ -273,7 +273,7 @@ def _call_remat(block: DualPathBlock, x: DualPath | jax.Array) -> DualPath:
 def _classifier(config: DPNConfig, **options: Any) -> Conv | None:
     if not config.num_classes:
         return None
-    # a 1x1 convolution, so that it can also classify every place of a map (global_pool="", test_time_pool)
+    # a 1x1 convolution, so that it can also classify every position of a map (global_pool="", test_time_pool)
     return Conv(config.head_features, config.num_classes, use_bias=True, **options)
 
 
@@ -284,7 +284,7 @@ def _check_class(name: str, given: object) -> None:
 
 
 def _check_shapes(model: DPN) -> None:
-    """Refuses blocks and norms of somebody else's that give other shapes than the network needs."""
+    """Refuses custom blocks and norms that give other shapes than the network needs."""
 
     def check(name: str, module: nnx.Module, x: Any, expected: Any) -> Any:
         got = nnx.eval_shape(lambda module, x: module(x), module, x)

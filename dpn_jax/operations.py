@@ -1,7 +1,7 @@
-"""What the network computes with: one frozen record of functions, by default plain `jax.lax`.
+"""What the network computes with: one frozen dataclass of functions, by default plain `jax.lax`.
 
-Layers take the record as an argument, as Flax's own layers take `conv_general_dilated=`; `dpn_jax.fast` brings others,
-which compute the same.
+Layers take it as an argument, as Flax's own layers take `conv_general_dilated=`; `dpn_jax.fast` provides alternatives
+that give the same results up to rounding.
 
 A *part* is one of several tensors that together are one feature map, split along the channels. Norms and convolutions
 take a map whole or in parts, so that the residual and the dense path of a block are never concatenated just to be read.
@@ -24,11 +24,11 @@ Features = TypeVar("Features", bound=jax.Array | tuple[jax.Array, ...])
 def convolve(x: Features, kernel: jax.Array, *, stride: int = 1, groups: int = 1) -> jax.Array:
     """A 2-D convolution that pads `kernel_size // 2` on every side.
 
-    Not `"SAME"`: at stride 2 and an even size that pads one pixel less, and only on the far side, so that every output
+    Not `"SAME"`: at stride 2 and an even size that pads one pixel fewer, and only on the far side, so that every output
     sits half a stride away from where the weights were trained.
 
     Args:
-      x: `[B, H, W, C]`; without groups also in parts, as the sum of one convolution a part on its slice of the kernel.
+      x: `[B, H, W, C]`; without groups also in parts: the sum of one convolution per part, on its slice of the kernel.
       kernel: `[k, k, C / groups, O]`.
       stride: step in both directions.
       groups: groups of channels that do not mix.
@@ -79,7 +79,7 @@ def normalize(
       x: the part.
       mean, var, scale, bias: of its channels.
       epsilon: added to the variance.
-      batch_stats: whether mean and variance are those of `x` itself, for a record that differentiates by hand.
+      batch_stats: whether mean and variance are those of `x` itself, for an alternative with a custom VJP.
     """
     del batch_stats
     # scaling the centered values, not shifting the scaled ones, keeps the digits where mean >> standard deviation
@@ -95,17 +95,17 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 def fork(x: Features) -> tuple[Features, Features]:
-    """A map for two readers, whose gradients are added."""
+    """Returns the map twice, for two consumers; their gradients are added."""
     return x, x
 
 
 @dataclasses.dataclass(frozen=True)
 class Operations:
-    """The functions that a network computes with, each with the signature and the meaning of the default.
+    """The functions that a network uses, each with the signature and the meaning of the default.
 
     Args:
       convolve: see `convolve`.
-      moments: see `moments`; its gradient counts where `normalize` is differentiated.
+      moments: see `moments`; may have no gradient if `normalize` accounts for it.
       normalize: see `normalize`.
       max_pool: see `max_pool`.
       fork: see `fork`.
@@ -119,16 +119,16 @@ class Operations:
 
 
 PLAIN = Operations()
-"""The definition: everything else equals it up to rounding."""
+"""The reference; all others match it up to rounding."""
 
 
 def split_channels(array: jax.Array, like: Features, axis: int = -1) -> list[jax.Array]:
-    """Slices `array` along `axis` as the parts of `like` slice the channels."""
+    """Splits `array` along `axis` at the channel boundaries of `like`'s parts."""
     parts = jax.tree.leaves(like)
     ends = np.cumsum([part.shape[-1] for part in parts[:-1]]).tolist()
     return jnp.split(array, ends, axis=axis) if ends else [array]
 
 
 def at_least_float32(dtype: np.dtype) -> np.dtype:
-    """What sums of numbers of this dtype are computed in."""
+    """The dtype in which to accumulate sums of this dtype."""
     return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)

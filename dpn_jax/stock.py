@@ -1,11 +1,12 @@
 """Whether a model is *stock*: its modules are exactly this package's, as `DPN(config)` builds them.
 
 What assumes the stock structure (the fast forms, conversion to timm) asks here first, so that a changed model is
-refused in one line and never silently wrong.
+refused in one line and never silently wrong. What is patched in a class itself, for all models, cannot be seen here.
 """
 
 import functools
 import re
+import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,14 +17,15 @@ from dpn_jax.config import DPNConfig
 from dpn_jax.model import DPN
 
 _MODE = {"use_running_average", "deterministic"}  # what `train`, `eval` and `nnx.view` switch
-_OF_ONE_MODEL = {"config", "provenance", "dtype", "param_dtype", "remat", "dropout"}
+_IGNORED_AT_ROOT = {"config", "provenance", "dtype", "param_dtype", "remat"}
 
 
 def changes(model: nnx.Module) -> dict[str, str]:
-    """What of a model is not as `DPN(model.config)` builds it.
+    """How a model differs from what `DPN(model.config)` builds.
 
-    Types are compared exactly, then names and shapes of variables, then every other attribute, such as an activation or
-    an epsilon. Modes (`train`, `eval`), dtypes and dropout make no difference.
+    Types are compared exactly, then variables (their type and shape, none in two places), then every other attribute,
+    such as an activation or an epsilon. Modes (`train`, `eval`) and the model's own dtypes are ignored, and so is
+    everything about dropout but that it is Flax's.
 
     Args:
       model: any module.
@@ -40,22 +42,22 @@ def changes(model: nnx.Module) -> dict[str, str]:
       >>> changes(model)
       {'norm': "activation is 'silu', not 'relu'"}
     """
-    if type(model) is not DPN:
+    if not isinstance(model, DPN):
         return {"": f"is a {type(model).__name__}, not a DPN"}
     expected, found = dict(_stock(model.config)), dict(_described(model))
     differences = {}
     for path, (kind, attributes) in found.items():
         if path not in expected:
-            if not _within(path, differences):
+            if not _is_inside(path, differences):
                 differences[path] = f"is a {kind.__name__}, which no stock DPN has"
         elif kind is not expected[path][0]:
             differences[path] = f"is a {kind.__name__}, not a {expected[path][0].__name__}"
         elif difference := _difference(attributes, expected[path][1]):
             differences[path] = difference
     for path in expected:
-        if path not in found and not _within(path, differences):
+        if path not in found and not _is_inside(path, differences):
             differences[path] = "is missing"
-    return differences
+    return differences or _tied(model)
 
 
 def require_stock(model: nnx.Module, action: str, instead: str) -> None:
@@ -64,7 +66,7 @@ def require_stock(model: nnx.Module, action: str, instead: str) -> None:
     Args:
       model: any module.
       action: what cannot be done, such as 'fast_forward'.
-      instead: the way out.
+      instead: what to do.
 
     Raises:
       ValueError: the model is not stock; one line that names the first changed module and `instead`.
@@ -73,6 +75,21 @@ def require_stock(model: nnx.Module, action: str, instead: str) -> None:
         path, difference = next(iter(differences.items()))
         more = f" (and {len(differences) - 1} more changes)" if len(differences) > 1 else ""
         raise ValueError(f"{action} needs a stock DPN, but {path or 'the model'} {difference}{more}; {instead}")
+
+
+def refuse_bound_methods(model: nnx.Module) -> None:
+    """Refuses methods that were set on an instance: Flax's copies of it would call the original.
+
+    Raises:
+      ValueError: one line that names the module and the method.
+    """
+    for path, module in nnx.iter_modules(model):
+        for name, value in vars(module).items():
+            if isinstance(value, types.MethodType):
+                where = ".".join(map(str, path)) or "the model"
+                raise ValueError(
+                    f"{where} has a method {name!r} that was set on it and would not be copied; subclass it"
+                )
 
 
 @functools.lru_cache(maxsize=8)
@@ -84,36 +101,50 @@ def _described(model: DPN) -> list[tuple[str, tuple[type, dict[str, Any]]]]:
     """Each module's path, type and attributes, parents first; of variables their type and shape."""
     described = []
     for path, module in nnx.iter_modules(model):
-        if path and path[0] == "dropout":
-            continue
-        if isinstance(module, nnx.List):
+        if path[:1] == ("dropout",):
+            attributes = {}
+        elif isinstance(module, nnx.List):
             attributes = {"length": len(module)}
         else:
-            names = (name for name in vars(module) if not name.startswith("_pytree"))
+            names = {name for name in vars(module) if not name.startswith("_pytree")} - _MODE
+            names -= set() if path else _IGNORED_AT_ROOT
             attributes = {name: _described_value(getattr(module, name)) for name in names}
-        if not path:
-            attributes = {name: value for name, value in attributes.items() if name not in _OF_ONE_MODEL}
-        described.append((".".join(map(str, path)), (type(module), attributes)))
+            if attributes.get("dtype") == model.dtype:
+                attributes["dtype"] = "the model's"
+        if len(path) < 2 or path[0] != "dropout":
+            described.append((".".join(map(str, path)), (type(module), attributes)))
     return sorted(described, key=lambda item: item[0].count(".") + bool(item[0]))
 
 
 def _described_value(value: object) -> object:
     if isinstance(value, nnx.Variable):
-        return type(value), tuple(value.shape)
-    if isinstance(value, nnx.Module):
-        return "a module"
-    return value
+        return type(value), tuple(value.shape), *sorted(name for name in value.get_metadata() if name.startswith("on_"))
+    return "a module" if isinstance(value, nnx.Module) else value
 
 
-def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
-    for name in sorted((found.keys() | expected.keys()) - _MODE - {"dtype"}):
+def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
+    """All differences of two modules of one type."""
+    differences = []
+    for name in sorted(found.keys() | expected.keys()):
         if name not in expected:
-            return f"has an attribute {name!r} that a stock one lacks"
-        if name not in found:
-            return f"lacks the attribute {name!r}"
-        if found[name] is not expected[name] and not _equal(found[name], expected[name]):
-            return f"{name} is {_worded(found[name])}, not {_worded(expected[name])}"
-    return None
+            differences.append(f"has an attribute {name!r} that a stock one lacks")
+        elif name not in found:
+            differences.append(f"lacks the attribute {name!r}")
+        elif found[name] is not expected[name] and not _equal(found[name], expected[name]):
+            differences.append(f"{name} is {_worded(found[name])}, not {_worded(expected[name])}")
+    return "; ".join(differences)
+
+
+def _tied(model: DPN) -> dict[str, str]:
+    """Variables that are in two places: what rearranges parameters would do it twice."""
+    places: dict[int, str] = {}
+    found = {}
+    for path, module in nnx.iter_modules(model):
+        for name, value in vars(module).items():
+            place = ".".join(map(str, (*path, name)))
+            if isinstance(value, nnx.Variable) and (first := places.setdefault(id(value), place)) != place:
+                found[".".join(map(str, path))] = f"{name} is the variable of {first}, not its own"
+    return found
 
 
 def _equal(one: object, other: object) -> bool:
@@ -128,6 +159,6 @@ def _worded(value: object) -> str:
     return getattr(value, "__qualname__", None) or " ".join(re.sub(r" at 0x\w+", "", repr(value)).split())[:60]
 
 
-def _within(path: str, others: Iterable[str]) -> bool:
+def _is_inside(path: str, others: Iterable[str]) -> bool:
     """Whether a module is inside one of the others."""
     return any(path.startswith(f"{other}.") for other in others)

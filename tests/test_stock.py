@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import jax
@@ -12,10 +13,11 @@ import pytest
 from flax import nnx
 
 import dpn_jax
+from dpn_jax import DPN
 from dpn_jax.blocks import DualPath, DualPathBlock
 from dpn_jax.layers import NormAct
 from dpn_jax.stock import changes
-from tests.support.changed_models import CHANGED, SqueezeExciteBlock, changed_model
+from tests.support.changed_models import CHANGED, Gate, SqueezeExciteBlock, changed_model
 from tests.support.models import TINY
 
 IMAGES = np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32)
@@ -68,6 +70,40 @@ def test_a_method_of_ones_own_is_named() -> None:
     model = dpn_jax.create_model(TINY)
     model.forward_head = lambda features: features.sum()
     assert changes(model) == {"": "has an attribute 'forward_head' that a stock one lacks"}
+
+
+HIDDEN = {  # changes that are easily overlooked
+    "dropout": (lambda model: setattr(model, "dropout", Gate(4, rngs=nnx.Rngs(0))), "dropout", "is a Gate"),
+    "no module as dropout": (lambda model: setattr(model, "dropout", None), "", "dropout is None"),
+    "a layer's dtype": (lambda model: setattr(model.norm, "dtype", jnp.dtype("bfloat16")), "norm", "dtype is bfloat16"),
+    "tied": (
+        lambda model: setattr(model.stages[0][0].expand.norm, "scale", model.stages[0][0].grouped.norm.scale),
+        "stages.0.0.grouped.norm",
+        "scale is the variable of stages.0.0.expand.norm.scale, not its own",
+    ),
+    "two at once": (
+        lambda model: (setattr(model.norm, "epsilon", 1.0), setattr(model.norm, "activation", "silu")),
+        "norm",
+        "activation is 'silu', not 'relu'; epsilon is 1.0, not 0.001",
+    ),
+    "method": (lambda model: setattr(model, "forward_head", MethodType(DPN.forward_head, model)), "", "forward_head"),
+}
+
+
+@pytest.mark.parametrize(("change", "path", "said"), HIDDEN.values(), ids=HIDDEN)
+def test_hidden_changes_are_named(change: Callable[[dpn_jax.DPN], None], path: str, said: str) -> None:
+    model = dpn_jax.create_model(TINY)
+    change(model)
+    found = changes(model)
+    assert list(found) == [path]
+    assert said in found[path]
+
+
+def test_methods_that_a_copy_would_not_have_are_refused() -> None:
+    model = dpn_jax.create_model(TINY)
+    model.forward_features = MethodType(DPN.forward_features, model)
+    with pytest.raises(ValueError, match="the model has a method 'forward_features' that was set on it"):
+        dpn_jax.Classifier(model, fast=False)
 
 
 def test_blocks_and_norms_are_arguments() -> None:

@@ -92,7 +92,8 @@ def load(path: str | Path, *, into: nnx.Module | None = None, **options: object)
     """Reads a model from a file, never from the hub.
 
     A stock model is built as by `from_pretrained`. A changed one (another block, norm, head, activation) is restored
-    into an instance that was made and changed in the same way.
+    into an instance that was made and changed in the same way. A stock model's weights also go into a changed instance,
+    if all paths and shapes fit.
 
     Args:
       path: what `save` wrote, or timm's file.
@@ -203,6 +204,8 @@ def _check_instance(checkpoint: Checkpoint, model: nnx.Module, values: Mapping[s
         elif tensor.shape and jnp.issubdtype(tensor.dtype, jnp.floating) != jnp.issubdtype(value.dtype, jnp.floating):
             misshaped.append(f"{tensor.file_name or name}: {tensor.dtype}, expected {value.dtype}")
     changed = _compare_changes(checkpoint.changes, changes(model)) if checkpoint.changes else []
+    if not checkpoint.is_timm:
+        changed += _compare_configs(checkpoint.config, getattr(model, "config", checkpoint.config))
     if missing or unknown or misshaped or changed:
         listed = {"missing": missing, "unknown": unknown, "misshaped": sorted(misshaped), "changed": changed}
         raise CheckpointError(
@@ -224,6 +227,16 @@ def _compare_changes(in_file: Mapping[str, str], in_model: Mapping[str, str]) ->
         shown(f"{path or 'the model'}: {side(ours, theirs)} in the file, {side(theirs, ours)} in the model")
         for path in sorted(in_file.keys() | in_model.keys())
         if (ours := in_file.get(path, "")) != (theirs := in_model.get(path, ""))
+    ]
+
+
+def _compare_configs(in_file: DPNConfig, in_model: DPNConfig) -> list[str]:
+    """What two architectures of equal names and shapes may compute differently."""
+    pairs = ((name, getattr(in_file, name), getattr(in_model, name)) for name in ("global_pool", "outer_activation"))
+    return [
+        f"config: {name} {ours!r} in the file, {theirs!r} in the model"
+        for name, ours, theirs in pairs
+        if ours != theirs
     ]
 
 

@@ -1,4 +1,4 @@
-"""What exists only for a CPU: calls that are not inlined, sums and convolutions as matrix products, gradients by hand.
+"""CPU-only operations: calls that are not inlined, sums and convolutions as matrix products, gradients by hand.
 
 What each choice measured is in docs/performance.md.
 """
@@ -19,7 +19,7 @@ Vectors = tuple[jax.Array, ...]
 
 
 class Tap(NamedTuple):
-    """The pixels of an image that one tap of a kernel reads: so many rows and columns, from the first on, strided."""
+    """The pixels that one tap of a kernel reads: a strided window of rows and columns that starts at (y, x)."""
 
     y: int
     x: int
@@ -42,7 +42,7 @@ def taps(height: int, width: int, stride: int, *, size: int = 3) -> tuple[Tap, .
 
 
 def pad(x: jax.Array, rows: tuple[int, int], columns: tuple[int, int]) -> jax.Array:
-    """Zeros before and after the rows and the columns of `[B, H, W, ...]`."""
+    """Zero-pads the rows and the columns of `[B, H, W, ...]`."""
     return jnp.pad(x, [(0, 0), rows, columns, *[(0, 0)] * (x.ndim - 3)])
 
 
@@ -52,7 +52,7 @@ def noinline(function: Callable[..., T], **options: Hashable) -> Callable[..., T
     Args:
       function: of arrays and `options`. At a module's top level it is traced only once for equal shapes and options.
         It must not sum over the batch, which may be split over devices: XLA keeps collectives in order within one
-        computation only. Those in a call meet the others in another order on each device, and wait for ever or, between
+        computation only. Those in a call meet the others in another order on each device, and hang forever or, between
         processes, get each other's numbers.
       options: its keyword arguments.
     """
@@ -77,7 +77,7 @@ def convolve(x: Features, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
     """`operations.convolve` without groups, as a product of patches with a matrix.
 
     XLA runs that faster on a CPU where the kernel is 1x1 or, for the stem, differentiated. Parts are concatenated into
-    one product: a sum of two would be added up again by each loop that reads it.
+    one product: a sum of two would be recomputed in every consumer's loop.
     """
     x = jnp.concatenate(jax.tree.leaves(x), axis=-1)
     size, (height, width) = kernel.shape[0], x.shape[1:3]
@@ -121,7 +121,7 @@ def _one_cpu_device() -> bool:
     """Whether no array on a CPU can be split over devices, so that a call may sum over the batch (see `noinline`)."""
     try:
         return jax.device_count("cpu") == 1
-    except RuntimeError:  # JAX was told to leave the CPU out
+    except RuntimeError:  # the CPU backend is disabled
         return True
 
 
@@ -231,7 +231,7 @@ def max_pool(x: jax.Array) -> jax.Array:
 def fork(x: Features) -> tuple[Features, Features]:
     """`operations.fork`, whose gradients are added where XLA's CPU compiler cannot fuse the sum.
 
-    Left to itself it computes the gradient of the residual path anew in each block, from those of all later blocks.
+    Otherwise it computes the gradient of the residual path anew in each block, from those of all later blocks.
     """
     return x, x
 

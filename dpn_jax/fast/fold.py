@@ -28,7 +28,7 @@ class Affine(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """Norm, activation and 1x1 convolution over one or both paths; the norm that follows is in kernels and bias."""
+    """Norm, activation, 1x1 convolution over one or both paths; the norm that follows is folded in."""
 
     norms: tuple[Affine, ...]
     """One for each path that is read."""
@@ -77,7 +77,7 @@ def fold(model: DPN, plan: Plan, *, donate: bool = False) -> Folded:
         following: NormAct | None = None,
         to_layout: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> Unit:
-        kernel, bias = _kernel(source.conv.kernel)[0, 0], None
+        kernel, bias = _as_float32(source.conv.kernel)[0, 0], None
         if following is not None:
             scale, shift = _affine(following)
             kernel, bias = to_layout(kernel * scale), cast(to_layout(shift))
@@ -91,7 +91,7 @@ def fold(model: DPN, plan: Plan, *, donate: bool = False) -> Folded:
         return Block(
             shortcut=None if block.shortcut is None else unit(block.shortcut, cuts, outputs=[stage.residual]),
             reduce=unit(block.reduce, cuts, outputs=[], following=block.grouped.norm, to_layout=to_layout),
-            grouped=cast(formulation.pack_kernel(_kernel(block.grouped.conv.kernel) * scale, stage.groups)),
+            grouped=cast(formulation.pack_as_float32(_as_float32(block.grouped.conv.kernel) * scale, stage.groups)),
             grouped_bias=cast(to_layout(shift)),
             expand=tuple(cast(to_layout(kernel, axis=0)) for kernel in _expand_kernels(block.expand)),
         )
@@ -110,26 +110,26 @@ def fold(model: DPN, plan: Plan, *, donate: bool = False) -> Folded:
         stages.append(tuple(folded_blocks))
     head = model.classifier
     return Folded(
-        stem=cast(_kernel(model.stem.conv.kernel) * scale),
+        stem=cast(_as_float32(model.stem.conv.kernel) * scale),
         stem_bias=cast(shift),
         stages=tuple(stages),
         norms=affines(model.norm, cuts),
-        classifier=None if head is None else (cast(_kernel(head.kernel)[0, 0]), cast(_kernel(head.bias))),
+        classifier=None if head is None else (cast(_as_float32(head.kernel)[0, 0]), cast(_as_float32(head.bias))),
     )
 
 
 def _affine(norm: NormAct) -> tuple[np.ndarray, np.ndarray]:
     """`NormAct` in eval mode as `x * scale + shift`."""
-    scale = _kernel(norm.scale) / np.sqrt(_kernel(norm.var) + norm.epsilon)
-    return scale, _kernel(norm.bias) - _kernel(norm.mean) * scale
+    scale = _as_float32(norm.scale) / np.sqrt(_as_float32(norm.var) + norm.epsilon)
+    return scale, _as_float32(norm.bias) - _as_float32(norm.mean) * scale
 
 
-def _kernel(variable: nnx.Variable) -> np.ndarray:
+def _as_float32(variable: nnx.Variable) -> np.ndarray:
     array = np.asarray(variable.get_value())
     return array.astype(np.promote_types(array.dtype, np.float32), copy=False)
 
 
 def _expand_kernels(expand: Expand) -> list[np.ndarray]:
     if expand.split:
-        return [_kernel(conv.kernel)[0, 0] for conv in (expand.residual, expand.dense)]
-    return np.split(_kernel(expand.conv.kernel)[0, 0], [expand.residual_channels], axis=1)
+        return [_as_float32(conv.kernel)[0, 0] for conv in (expand.residual, expand.dense)]
+    return np.split(_as_float32(expand.conv.kernel)[0, 0], [expand.residual_channels], axis=1)

@@ -21,7 +21,7 @@ from dpn_jax.fast.plan import Plan, compiler_options, plan_for
 from dpn_jax.layers import ACTIVATIONS
 from dpn_jax.model import DPN, pool_and_classify
 from dpn_jax.operations import PLAIN
-from dpn_jax.stock import require_stock
+from dpn_jax.stock import refuse_bound_methods, require_stock
 
 
 def fast_forward(model: DPN, *, backend: str | None = None, donate: bool = False) -> "FastForward":
@@ -30,7 +30,7 @@ def fast_forward(model: DPN, *, backend: str | None = None, donate: bool = False
     Args:
       model: the model; its parameters are copied, later changes to it are not seen.
       backend: 'cpu', 'gpu' or 'tpu': whose plan to follow; defaults to the default backend's.
-      donate: give the model's arrays up, block by block, so that parameters are in memory about once, not twice. The
+      donate: free the model's arrays, block by block, so that parameters are in memory about once, not twice. The
         model cannot be used afterwards.
 
     Returns:
@@ -59,7 +59,7 @@ class Forward:
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps `[B, H, W, C]` to logits `[B, num_classes]`, as the model does."""
-        # inside somebody's `jit` there is one program, with that one's options
+        # inside a caller's `jit`, the caller's compiler options apply
         run = self.apply if isinstance(images, jax.core.Tracer) else self.jitted
         return run(self.params, images)
 
@@ -69,9 +69,14 @@ class Forward:
 
 
 class PlainForward(Forward):
-    """The model itself, whatever was changed in it; later changes to it are not seen."""
+    """The model itself, whatever was changed in it; later changes to it are not seen.
+
+    Raises:
+      ValueError: a method was set on an instance, see `stock.refuse_bound_methods`.
+    """
 
     def __init__(self, model: nnx.Module) -> None:
+        refuse_bound_methods(model)
         model = nnx.merge(*nnx.split(model))  # the same arrays in another object, whose mode is its own
         model.eval()
         self.structure, params = nnx.split(model)

@@ -1,6 +1,6 @@
 """The grouped 3x3 convolution, in the formulations that the backends run well.
 
-With few channels a group (3 in DPN-92's first stage) a grouped convolution starves matrix units and, in XLA, vector
+With few channels per group (3 in DPN-92's first stage) a grouped convolution starves matrix units and, in XLA, vector
 units alike: what it costs is decided by how it is written. Each formulation
 packs a kernel once and applies it (`dpn_jax.fast.lanes` has a CPU's); what it measured is in docs/performance.md.
 """
@@ -44,8 +44,8 @@ class Merged(Native):
 
     Args:
       width: fewest input channels of a merged group.
-      sliced: one convolution for each merged group, on a slice of the channels, instead of a grouped one. On TPU the
-        latter moves the channels away from the lanes and back.
+      sliced: one convolution for each merged group, on a slice of the channels, instead of a grouped one. On TPU a
+        grouped one moves the channels away from the lanes and back.
     """
 
     width: int = 32
@@ -57,9 +57,9 @@ class Merged(Native):
         merged = _merge(groups, per_group, self.width)
         if merged == 1:
             return kernel
-        numpy = jnp if isinstance(kernel, jax.Array) else np
+        xp = jnp if isinstance(kernel, jax.Array) else np
         kernel = kernel.reshape(*kernel.shape[:2], per_group, groups // merged, merged, outputs)
-        diagonal = numpy.eye(merged, dtype=kernel.dtype)
+        diagonal = xp.eye(merged, dtype=kernel.dtype)
         # [y, x, i, group, which, o] * (which == from) -> [y, x, from, i, group, which, o]
         kernel = kernel[:, :, None] * diagonal[:, None, None, :, None]
         return kernel.reshape(*kernel.shape[:2], merged * per_group, groups * outputs)
@@ -75,7 +75,7 @@ class Merged(Native):
 
 
 def _merge(groups: int, channels: int, width: int) -> int:
-    """The fewest groups of `channels` each that have `width` channels together; all, where there are not enough."""
+    """The fewest groups of `channels` each that have `width` channels together; or all groups, if they have fewer."""
     return next((n for n in range(1, groups) if groups % n == 0 and n * channels >= width), groups)
 
 
@@ -90,8 +90,8 @@ def swap_axis(array: Array, first: int, second: int, axis: int) -> Array:
 def grouped_conv(
     x: jax.Array, kernel: jax.Array, *, groups: int, stride: int = 1, formulation: Native = Native()
 ) -> jax.Array:
-    """A grouped 3x3 convolution with one pixel of padding, as ResNeXt, RegNet and DPN have it, written one way or
-    another.
+    """A grouped 3x3 convolution with one pixel of padding, as ResNeXt, RegNet and DPN have it, in the given
+    formulation.
 
     Differentiable in both arguments (`Lanes` in reverse mode only); the gradient reaches only the kernel's real
     entries.

@@ -22,7 +22,7 @@ class Lanes(Native):
     channels costs nothing where it is folded into the kernels before and after.
 
     Args:
-      tile: most rows and columns of pixels that one loop for the kernel gradient adds up.
+      tile: maximum rows and columns of pixels that one loop for the kernel gradient adds up.
     """
 
     tile: tuple[int, int] = (2, 7)
@@ -52,8 +52,9 @@ class Lanes(Native):
     def backward(self, padded: jax.Array, kernel: jax.Array, stride: int, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The gradients of `x` and of the kernel.
 
-        The input gradient is the same convolution again, with the kernel turned around. The kernel gradient is, for
-        each tap, a sum of products over the pixels: those of a tile in one loop, the rest by a product with ones.
+        The input gradient is the same convolution again, with the kernel flipped and its inputs and outputs swapped.
+        The kernel gradient is, for each tap, a sum of products over the pixels: those of a tile in one loop, the rest
+        by a product with ones.
         """
         if stride == 2:
             dx, dy = self._input_grad_stride2(padded, kernel, dy)
@@ -141,7 +142,7 @@ def _by_group(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _widen(x: jax.Array, rows: int, columns: int) -> jax.Array:
-    """Zeros behind the last row and column of `[B, H, W, ...]`, up to so many at least."""
+    """Zero-pads `[B, H, W, ...]` at the end, to at least `rows` x `columns`."""
     height, width = x.shape[1:3]
     return pad(x, (0, max(rows - height, 0)), (0, max(columns - width, 0)))
 

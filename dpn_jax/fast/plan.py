@@ -17,9 +17,9 @@ class Plan:
     """How a backend runs the network.
 
     Args:
-      grouped: the grouped convolution's formulation by the most channels a group that it is for, ascending.
+      grouped: (maximum channels per group, formulation of the grouped convolution), ascending.
       operations: what the rest is computed with; its `convolve` runs the 1x1 convolutions, in training the stem's too.
-      barriers: keep what feeds a convolution from being computed again for each of its taps.
+      barriers: in inference, keep what feeds a convolution from being computed again for each of its taps.
       compiler_options: for `jax.jit`, on that backend only, and only where its compiler knows them.
       in_training: whether these options suit a training step too.
     """
@@ -31,7 +31,7 @@ class Plan:
     in_training: bool = True
 
     def formulation(self, per_group: int) -> Native:
-        """The grouped convolution's formulation for groups of so many channels."""
+        """The grouped convolution's formulation for groups of `per_group` channels."""
         return next((chosen for most, chosen in self.grouped if per_group <= most), Native())
 
 
@@ -67,7 +67,7 @@ def plan_for(backend: str | None) -> Plan:
 
 
 def compiler_options(backend: str | None = None, *, training: bool = False) -> dict[str, str]:
-    """What a backend's compiler is told for `fast_forward`, or best for a training step around `fast_apply`.
+    """A backend's compiler options for `fast_forward`, or for a training step around `fast_apply`.
 
     Args:
       backend: as for `fast_forward`.

@@ -17,7 +17,7 @@ def fast_apply(model: DPN, images: jax.Array, *, backend: str | None = None) -> 
     The parameters stay as they are stored; only what runs is rearranged, inside the program, so gradients come back in
     the stored layout, and running statistics and random streams move as they do in `model(images)`. To be called under
     `jit` (compiled or differentiated step by step it gains nothing), best with
-    `compiler_options=compiler_options(training=True)`. On a CPU it differentiates in reverse mode only.
+    `compiler_options=compiler_options(training=True)`. On a CPU it supports only reverse-mode differentiation.
 
     Args:
       model: the model.

@@ -31,7 +31,7 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest few and the best.
+    """The checkpoints of one run: the newest few and the best, which `loop.py` chooses.
 
     Only one process may use a folder. Orbax writes into a temporary folder and renames it at the end, so a checkpoint
     is complete or absent; a digest of its values detects later damage.

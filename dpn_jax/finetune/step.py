@@ -22,7 +22,7 @@ from dpn_jax.finetune.mixup import mix
 from dpn_jax.finetune.parameters import frozen_norms, trainable
 from dpn_jax.model import DPN
 from dpn_jax.pretrained import Preprocessing, default_preprocessing
-from dpn_jax.stock import require_stock
+from dpn_jax.stock import refuse_bound_methods, require_stock
 
 Metrics = dict[str, jax.Array]
 """Sums over a batch, scalars: divide `loss`, `correct` and `correct5` by `count`. Training adds `gradient_norm` and
@@ -82,6 +82,9 @@ class TrainState:
           ValueError: the model has no classifier or no pooling, or `config.freeze` or the preprocessing does not fit,
             or it is not stock (see `dpn_jax.stock`) and `config.fast` is set.
         """
+        refuse_bound_methods(model)
+        if type(model.dropout) is not nnx.Dropout:
+            raise ValueError(f"training sets the dropout of `config`; the model's is a {type(model.dropout).__name__}")
         if config.fast:
             require_stock(model, "training in the fast form", "run the plain form: FinetuneConfig(fast=False)")
         preprocessing = preprocessing or model.provenance.preprocessing or default_preprocessing(model.config)

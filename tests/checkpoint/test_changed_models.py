@@ -162,6 +162,15 @@ def test_two_models_that_were_changed_differently(tmp_path: Path) -> None:
     )
 
 
+def test_what_names_and_shapes_do_not_tell_is_compared(tmp_path: Path) -> None:
+    path = _saved(randomize(dpn_jax.create_model(TINY.replace(outer_activation="silu"))), tmp_path / "a.safetensors")
+    said = "config: outer_activation 'silu' in the file, 'relu' in the model"
+    assert_refused(path, stock(0), said)
+    assert_refused(
+        _saved(stock(0), tmp_path / "b.safetensors"), dpn_jax.create_model(TINY, global_pool="max"), "config"
+    )
+
+
 def test_a_class_of_its_own(tmp_path: Path) -> None:
     class MyDPN(DPN):
         def forward_head(self, features: jax.Array, *, pre_logits: bool = False) -> jax.Array:
