@@ -202,7 +202,7 @@ class NormActConv(nnx.Module):
         return self.conv(self.norm(x))
 
 
-_deferred = contextvars.ContextVar("within", default=False)
+_deferred = contextvars.ContextVar("deferred", default=False)
 
 
 @contextlib.contextmanager
