@@ -109,8 +109,8 @@ def _described(model: DPN) -> list[tuple[str, tuple[type, dict[str, Any]]]]:
             names = {name for name in vars(module) if not name.startswith("_pytree")} - _MODE
             names -= set() if path else _IGNORED_AT_ROOT
             attributes = {name: _described_value(getattr(module, name)) for name in names}
-            if attributes.get("dtype") == model.dtype:
-                attributes["dtype"] = "the model's"
+            if "dtype" in attributes:
+                attributes["dtype"] = "the model's" if attributes["dtype"] == model.dtype else str(attributes["dtype"])
         if len(path) < 2 or path[0] != "dropout":
             described.append((".".join(map(str, path)), (type(module), attributes)))
     return sorted(described, key=lambda item: item[0].count(".") + bool(item[0]))
