@@ -110,6 +110,17 @@ def test_methods_that_a_copy_would_not_have_are_refused() -> None:
         dpn_jax.Classifier(model, fast=False)
 
 
+def test_a_stock_model_known_from_within_a_trace_is_good_outside(tmp_path: Path) -> None:
+    config = TINY.replace(num_classes=11)  # of no other test: the first to ask is a trace
+    model = dpn_jax.create_model(config)
+    dpn_jax.save(model, tmp_path / "a.safetensors")
+    assert jax.jit(lambda x: x + len(changes(model)))(1) == 1
+    loaded = dpn_jax.load(tmp_path / "a.safetensors")
+    loaded.norm.mean.set_value(loaded.norm.mean[...] + 1)
+    loaded.train()
+    assert loaded(IMAGES).shape == (2, 11)
+
+
 def test_blocks_and_norms_are_arguments() -> None:
     block = functools.partial(SqueezeExciteBlock, ratio=2)
     model = dpn_jax.create_model(TINY, block=block, norm=GroupNormAct)

@@ -91,7 +91,7 @@ def fold(model: DPN, plan: Plan, *, donate: bool = False) -> Folded:
         return Block(
             shortcut=None if block.shortcut is None else unit(block.shortcut, cuts, outputs=[stage.residual]),
             reduce=unit(block.reduce, cuts, outputs=[], following=block.grouped.norm, to_layout=to_layout),
-            grouped=cast(formulation.pack_as_float32(_as_float32(block.grouped.conv.kernel) * scale, stage.groups)),
+            grouped=cast(formulation.pack_kernel(_as_float32(block.grouped.conv.kernel) * scale, stage.groups)),
             grouped_bias=cast(to_layout(shift)),
             expand=tuple(cast(to_layout(kernel, axis=0)) for kernel in _expand_kernels(block.expand)),
         )
