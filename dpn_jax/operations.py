@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Features = TypeVar("Features", bound=jax.Array | tuple[jax.Array, ...])
 """A feature map `[B, H, W, C]`, or a tuple of parts whose channels add up to C."""
@@ -39,6 +40,8 @@ def convolve(x: Features, kernel: jax.Array, *, stride: int = 1, groups: int = 1
     Source: `timm.layers.padding.get_padding`.
     """
     pad = kernel.shape[0] // 2
+    if (sharding := replicated_beside(x)) and jax.typeof(kernel).sharding.mesh.empty:
+        kernel = jax.sharding.reshard(kernel, sharding)  # or JAX would ask how its gradient is to be sharded
     sums = (
         lax.conv_general_dilated(
             part,
@@ -120,6 +123,15 @@ class Operations:
 
 PLAIN = Operations()
 """The reference; all others match it up to rounding."""
+
+
+def replicated_beside(x: Features) -> NamedSharding | None:
+    """The sharding of what is the same on all devices of the mesh of `x`, such as parameters and sums over the batch.
+
+    None where JAX finds that out by itself: without a mesh, and on one without explicit axes.
+    """
+    mesh = jax.typeof(jax.tree.leaves(x)[0]).sharding.mesh
+    return NamedSharding(mesh, PartitionSpec()) if AxisType.Explicit in mesh.axis_types else None
 
 
 def split_channels(array: jax.Array, like: Features, axis: int = -1) -> list[jax.Array]:

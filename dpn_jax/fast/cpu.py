@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from dpn_jax.operations import Features
+from dpn_jax.operations import Features, replicated_beside
 
 T = TypeVar("T")
 Vectors = tuple[jax.Array, ...]
@@ -109,9 +109,10 @@ def _kernel_grad(x: jax.Array, dy: jax.Array) -> jax.Array:
     rows, widest = len(x), max(x.shape[1], dy.shape[1])
     if x.shape[1] > dy.shape[1]:
         return _kernel_grad(dy, x).T
-    parts = 2 if rows % 2 == 0 and rows >= 3 * widest else 1
+    sharding = replicated_beside(x)
+    parts = 2 if sharding is None and rows % 2 == 0 and rows >= 3 * widest else 1
     x, dy = (factor.reshape(parts, rows // parts, -1) for factor in (x, dy))
-    return lax.dot_general(x, dy, (((1,), (1,)), ((0,), (0,)))).sum(axis=0)
+    return lax.dot_general(x, dy, (((1,), (1,)), ((0,), (0,))), out_sharding=sharding).sum(axis=0)
 
 
 _product.defvjp(_product_forward, _product_backward)
@@ -206,7 +207,8 @@ def _channel_sum(x: jax.Array) -> jax.Array:
     batch, height, width, channels = x.shape
     # few enough to be written out: fused with what computes `x`, which is then never in memory as a whole
     tile = next(n for n in range(8, 0, -1) if height * width % n == 0)
-    pixels = x.reshape(batch, -1, tile, channels)
+    # in two steps, which JAX can follow on a mesh with explicit axes
+    pixels = x.reshape(batch, -1, channels).reshape(batch, -1, tile, channels)
     sums = functools.reduce(jnp.add, (pixels[:, :, pixel] for pixel in range(tile)))
     return sum_by_product(sums, axes=2)
 
@@ -214,7 +216,9 @@ def _channel_sum(x: jax.Array) -> jax.Array:
 def sum_by_product(x: jax.Array, *, axes: int) -> jax.Array:
     """Sums over the first `axes` axes, as a product with ones: XLA's CPU compiler sums columns one by one."""
     summed = tuple(range(axes))
-    return lax.dot_general(jnp.ones(x.shape[:axes], x.dtype), x, ((summed, summed), ((), ())), precision="highest")
+    ones = jnp.ones_like(x[(..., *[0] * (x.ndim - axes))])  # sharded as `x` is
+    contracted = ((summed, summed), ((), ()))
+    return lax.dot_general(ones, x, contracted, precision="highest", out_sharding=replicated_beside(x))
 
 
 # The rest

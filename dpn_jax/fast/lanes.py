@@ -86,7 +86,8 @@ class Lanes(Native):
             phases.append(self._sum(dy, kernel_of_phase.swapaxes(0, 2), taps_of_phase))
         # [B, rows, columns, C] each -> [B, rows, parity, columns, parity, C]
         dx = jnp.stack([jnp.stack(phases[:2], axis=3), jnp.stack(phases[2:], axis=3)], axis=2)
-        dx = dx.reshape(batch, 2 * rows, 2 * columns, -1)
+        # one axis at a time, which JAX can follow on a mesh with explicit axes
+        dx = dx.reshape(batch, 2 * rows, columns, 2, -1).reshape(batch, 2 * rows, 2 * columns, -1)
         return dx[:, : padded.shape[1] - 2, : padded.shape[2] - 2], dy
 
     def _kernel_grad(self, x: jax.Array, dy: jax.Array, stride: int) -> jax.Array:

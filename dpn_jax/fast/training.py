@@ -43,9 +43,12 @@ def fast_apply(model: DPN, images: jax.Array, *, backend: str | None = None) -> 
     require_stock(model, "fast_apply", "call the model itself (FinetuneConfig(fast=False))")
     fast = nnx.view(nnx.clone(model), operations=training_operations(plan))
     _move_channels(fast, plan, back=False)
+    before = {path: variable.get_value() for path, variable in _moving(fast)}
     outputs = fast(images)
+    moved = {path for path, variable in _moving(fast) if variable.get_value() is not before[path]}
     _move_channels(fast, plan, back=True)
-    nnx.update(model, nnx.state(fast, nnx.Not(nnx.Param)))
+    # only what has moved: a model from outside the trace, closed over in eval mode, could not be updated
+    nnx.update(model, nnx.from_flat_state([(path, variable) for path, variable in _moving(fast) if path in moved]))
     return outputs
 
 
@@ -66,6 +69,11 @@ class Convolve:
 def training_operations(plan: Plan) -> Operations:
     """What a training step computes with: the plan's operations, and its formulations of the grouped convolution."""
     return dataclasses.replace(plan.operations, convolve=Convolve(plan))
+
+
+def _moving(model: DPN) -> list[tuple[tuple[str | int, ...], nnx.Variable]]:
+    """What a forward pass may change: running statistics and random streams, by path."""
+    return list(nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Param))))
 
 
 def _move_channels(model: DPN, plan: Plan, *, back: bool) -> None:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.errors import TraceContextError
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import dpn_jax
 from dpn_jax.config import DPNConfig
@@ -90,6 +92,7 @@ MEMORY_CHILD = """
 import resource, sys
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import TraceContextError
 import dpn_jax
 model, images = dpn_jax.load(sys.argv[2]), jnp.ones((1, 224, 224, 3))
 plain = nnx.jit(lambda model, images: model(images))
@@ -145,6 +148,48 @@ def test_fast_apply_is_the_model_in_training(backend: str, changes: dict[str, ob
                 np.testing.assert_allclose(mine, other, rtol=1e-11)
             else:
                 np.testing.assert_array_equal(jax.random.key_data(mine), jax.random.key_data(other))
+
+
+@pytest.mark.parametrize("options", [{}, {"drop_rate": 0.5}], ids=str)
+def test_a_model_in_eval_mode_may_be_closed_over(options: dict[str, object]) -> None:
+    model = randomized(TINY, **options)
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    before = jax.tree.leaves(nnx.state(model, nnx.BatchStat))
+    plain = jax.jit(lambda images: model(images))(images)
+    fast = jax.jit(lambda images: dpn_jax.fast_apply(model, images))(images)
+    np.testing.assert_allclose(fast, plain, rtol=1e-4, atol=1e-5)
+    after = jax.tree.leaves(nnx.state(model, nnx.BatchStat))
+    assert all(mine is other for mine, other in zip(before, after, strict=True)), "nothing was updated"
+    model.train()
+    for apply in (dpn_jax.fast_apply, lambda model, images: model(images)):
+        with pytest.raises(TraceContextError, match="trace level"):
+            jax.jit(lambda images, apply=apply: apply(model, images))(images)
+
+
+@pytest.mark.parametrize("placed", [True, False], ids=["parameters on the mesh", "images only"])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_mesh_with_explicit_axes(train: bool, placed: bool) -> None:
+    mesh = jax.make_mesh((1,), ("data",))
+    assert mesh.axis_types == (AxisType.Explicit,), "JAX's default"
+    model = randomized(TINY)
+    model.set_attributes(use_running_average=not train, raise_if_not_found=False)
+    structure, params, statistics = nnx.split(model, nnx.Param, ...)
+    images = jax.device_put(np.ones((2, 45, 64, 3), np.float32), NamedSharding(mesh, PartitionSpec("data")))
+    if placed:
+        params, statistics = jax.device_put((params, statistics), NamedSharding(mesh, PartitionSpec()))
+
+    def loss(params: nnx.State, statistics: nnx.State, images: jax.Array, backend: str | None) -> tuple[jax.Array, ...]:
+        model = nnx.merge(structure, params, statistics, copy=True)
+        outputs = dpn_jax.fast_apply(model, images, backend=backend) if backend else model(images)
+        return outputs.var(), nnx.as_pure(nnx.state(model, nnx.BatchStat))
+
+    # it is refused while it is traced, or not at all; the numbers are held by finetune/test_step.py
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=3)
+    for backend in (None, *PLANS):
+        (value, _), _ = step.trace(params, statistics, images, backend).out_info
+        assert value.shape == ()
+        forward = dpn_jax.fast_forward(model, backend=backend or "cpu")
+        assert forward.jitted.trace(forward.params, images).out_info.sharding.spec[0] == "data"
 
 
 def test_options_that_the_compiler_does_not_know_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -337,8 +337,8 @@ def compare(got: dict[str, np.ndarray], devices: int) -> None:
         np.testing.assert_allclose(got[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-def spawn(output: Path, index: int, count: int, coordinator: str, devices: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.support.data_parallel", output, index, count, coordinator]
+def spawn(output: Path, index: int, count: int, coordinator: str, devices: int, axis: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.support.data_parallel", output, index, count, coordinator, axis]
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
@@ -349,13 +349,13 @@ def spawn(output: Path, index: int, count: int, coordinator: str, devices: int) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "devices"), [(1, 8), (2, 2)])
-def test_many_devices_and_processes_are_one_device(tmp_path: Path, processes: int, devices: int) -> None:
+@pytest.mark.parametrize(("processes", "devices", "axis"), [(1, 8, "auto"), (1, 4, "explicit"), (2, 2, "auto")])
+def test_many_devices_and_processes_are_one_device(tmp_path: Path, processes: int, devices: int, axis: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
     outputs = [tmp_path / f"{index}.npz" for index in range(processes)]
-    running = [spawn(output, index, processes, coordinator, devices) for index, output in enumerate(outputs)]
+    running = [spawn(output, index, processes, coordinator, devices, axis) for index, output in enumerate(outputs)]
     try:
         for process in running:
             log, _ = process.communicate(timeout=300)

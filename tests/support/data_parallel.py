@@ -48,7 +48,7 @@ def train(mesh: Mesh | None = None, *, index: int = 0, count: int = 1) -> dict[s
     seen |= {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
     seen["logits"] = state.model()(np.ones((2, 32, 32, 3), np.float32))
     if mesh is not None:
-        assert all(leaf.sharding == state.step.sharding for leaf in jax.tree.leaves(state)), "not replicated"
+        assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state)), "not replicated"
     return {name: np.asarray(value) for name, value in seen.items()}
 
 
@@ -77,14 +77,14 @@ def _slice(values: np.ndarray, index: int, count: int) -> np.ndarray:
     return np.split(values, count)[index]
 
 
-def main(output: Path, index: int, count: int, coordinator: str) -> None:
-    """Runs one of `count` processes; writes its results to `output`."""
+def main(output: Path, index: int, count: int, coordinator: str, explicit: bool) -> None:
+    """Runs one of `count` processes; writes its results to `output`. The axis of the mesh may be explicit."""
     if count > 1:
         jax.distributed.initialize(coordinator, num_processes=count, process_id=index)
-    mesh = data_mesh()
+    mesh = jax.make_mesh((jax.device_count(),), ("data",)) if explicit else data_mesh()
     seen = train(mesh, index=index, count=count)
     np.savez(output, devices=jax.device_count(), collectives=collectives(mesh), **seen)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5] == "explicit")
