@@ -244,6 +244,7 @@ def variant_of(config: DPNConfig) -> str | None:
 def unknown_name_message(name: object, known: Iterable[str]) -> str:
     """One line that says a model's name is not known and which names are near it."""
     known = list(known)
+    name = name if len(str(name)) <= 100 else f"{str(name)[:100]}..."
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
     return f"unknown model {name!r}; {hint}"

@@ -3,6 +3,7 @@
 import os
 
 _SYSTEM_ERRORS = ("No space left on device", "File too large", "Disk quota exceeded", "Permission denied")
+_MOST = 200  # characters of a name or a reason
 
 
 def reason(error: BaseException) -> str:
@@ -15,21 +16,39 @@ def reason(error: BaseException) -> str:
       'No space left on device'
     """
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+        return shown(error.strerror)
     text = " ".join(str(error).split())
-    line = next((phrase for phrase in _SYSTEM_ERRORS if phrase in text), text[:200])  # libraries wrap system errors
+    line = next((phrase for phrase in _SYSTEM_ERRORS if phrase in text), text)  # libraries wrap system errors
     return shown(line) if line else type(error).__name__
 
 
 def shown(path: str | bytes | os.PathLike) -> str:
-    """How a message prints a path or a name: on one line, printable.
+    """How a message prints a path or a name: on one line, printable, at most 200 characters.
 
     Example:
       >>> shown("photo.jpg"), shown("new\\nline.jpg")
       ('photo.jpg', "'new\\\\nline.jpg'")
     """
+    return shortened(printable(path), _MOST)
+
+
+def printable(path: str | bytes | os.PathLike) -> str:
+    """How a result prints a path or a name: on one line, printable, whole."""
     name = os.fsdecode(path)
     return name if name.isprintable() else repr(name)
+
+
+def shortened(text: str, most: int) -> str:
+    """Text of at most `most` characters, with an ellipsis in the middle where it was longer.
+
+    Example:
+      >>> shortened("photographs/of/cats/tabby.jpg", 20)
+      'photograp...abby.jpg'
+    """
+    if len(text) <= most:
+        return text
+    half = (most - 3) // 2
+    return f"{text[: most - 3 - half]}...{text[len(text) - half :]}"
 
 
 class CheckpointError(ValueError):

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.resources
+import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -31,17 +32,20 @@ def imagenet_labels() -> tuple[Label, ...]:
 
 
 def read_labels(path: str | os.PathLike, num_classes: int) -> tuple[str, ...]:
-    """Reads the names of a model's classes from a text file.
+    """Reads the names of a model's classes from a file.
 
     Args:
-      path: a UTF-8 file with one name per line, in the order of the logits; empty lines at its end do not count.
+      path: a UTF-8 text with one name per line, in the order of the logits; empty lines at its end do not count. Or
+        JSON: a list of names, or an object by index, `{"0": "tench"}` as in the hub's `id2label` or
+        `{"0": ["n01440764", "tench"]}` as in Keras's `imagenet_class_index.json`.
       num_classes: number of names expected.
 
     Returns:
       The names, without surrounding white space.
 
     Raises:
-      ValueError: the file is missing, not UTF-8 text, or has the wrong number of names; the message names it.
+      ValueError: the file is missing, not UTF-8 text, JSON of another kind, or has an empty name or the wrong number of
+        names; the message names it.
 
     Example:
       >>> read_labels("no-such-file.txt", 2)
@@ -55,9 +59,22 @@ def read_labels(path: str | os.PathLike, num_classes: int) -> tuple[str, ...]:
         text = Path(path).read_text(encoding="utf-8-sig").rstrip()
     except (OSError, UnicodeError) as error:
         raise ValueError(f"{name}: label file cannot be read as UTF-8 text: {reason(error)}") from error
-    labels = tuple(line.strip() for line in text.split("\n")) if text else ()
+    labels = [line.strip() for line in text.split("\n")] if text else []
+    try:
+        labels = _from_json(json.loads(text)) if text.startswith(("[", "{")) else labels
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"{name}: label file is JSON, but no list of names nor an object of names by index") from error
+    except (ValueError, RecursionError):  # a text whose first name begins like this
+        pass
     if len(labels) != num_classes:
-        raise ValueError(
-            f"{name}: label file has {len(labels)} labels, one per line, but the model has {num_classes} classes"
-        )
-    return labels
+        raise ValueError(f"{name}: label file has {len(labels)} labels, but the model has {num_classes} classes")
+    if not all(labels):
+        raise ValueError(f"{name}: label file has no name for class {labels.index('')}; each line is one class")
+    return tuple(labels)
+
+
+def _from_json(content: list[object] | dict[str, object]) -> list[str]:
+    if isinstance(content, dict):
+        content = [content[str(index)] for index in range(len(content))]
+    names = [entry[-1] if isinstance(entry, list) else entry for entry in content]
+    return [str.strip(name) for name in names]  # TypeError for what is no text

@@ -147,13 +147,14 @@ class Classifier:
         )
 
     def __call__(
-        self, images: ImageSource | Sequence[ImageSource], *, top_k: int = 5
+        self, images: ImageSource | Sequence[ImageSource], *, top_k: int | None = None
     ) -> list[Prediction] | list[list[Prediction]]:
         """Classifies one image, or several.
 
         Args:
-          images: a path, a PIL image or a uint8 array `[H, W, 3]`, or a list or tuple of them.
-          top_k: number of classes to return, 1 to the number of classes.
+          images: what `read_image` accepts, such as a path, the bytes of a file, a PIL image or a uint8 array
+            `[H, W, 3]`; or a list or tuple of these.
+          top_k: number of classes to return, 1 to the number of classes; defaults to 5, or to all if there are fewer.
 
         Returns:
           The most probable classes, best first; for several images, a list of these lists.
@@ -170,11 +171,13 @@ class Classifier:
             results.append(result)
         return results if several else results[0]
 
-    def stream(self, images: Iterable[ImageSource], *, top_k: int = 5) -> Iterator[list[Prediction] | ImageError]:
+    def stream(
+        self, images: Iterable[ImageSource], *, top_k: int | None = None
+    ) -> Iterator[list[Prediction] | ImageError]:
         """Classifies any number of images as they come; one that cannot be read does not stop the others.
 
         Args:
-          images: paths, PIL images or uint8 arrays; only a few batches are read ahead.
+          images: as for a call; only a few batches are read ahead.
           top_k: as for a call.
 
         Yields:
@@ -183,6 +186,8 @@ class Classifier:
         Raises:
           ValueError: `top_k` is below 1 or above the number of classes.
         """
+        if top_k is None:
+            top_k = min(5, len(self.labels))
         if not 1 <= top_k <= len(self.labels):
             raise ValueError(f"top_k must be 1 to {len(self.labels)}, got {top_k}")
         return self._stream(images, top_k)

@@ -62,7 +62,7 @@ def score(results: Iterable[Sequence[Prediction] | ImageError], labels: Iterable
     """Counts correct predictions.
 
     Args:
-      results: what `Classifier.stream(..., top_k=5)` yields.
+      results: what `Classifier.stream` yields, with its default `top_k`.
       labels: index of the true class of each image.
 
     Example:

@@ -17,12 +17,14 @@ import pytest
 from PIL import Image, ImageFile
 
 from dpn_jax.errors import ImageError
-from dpn_jax.images.read import MAX_PIXELS, read_image
+from dpn_jax.images import read
+from dpn_jax.images.read import FORMATS as READ
+from dpn_jax.images.read import MAX_PIXELS, SUFFIXES, UNSUPPORTED_SUFFIXES, read_image
 from dpn_jax.images.transform import Transform
 from dpn_jax.pretrained import Preprocessing
 
 SMALL = Transform(Preprocessing(image_size=32), exif=True)
-FORMATS = ("jpeg", "png", "gif", "webp", "bmp", "tiff", "ppm")
+FORMATS = ("jpeg", "png", "gif", "webp", "bmp", "tiff", "ppm", *(["avif"] if "AVIF" in READ else []))
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +56,8 @@ def refused(source: object, reason: str) -> str:
         read_image(source)
     message = str(caught.value)
     assert message.isprintable()  # so in one line as well
+    if hasattr(source, "seek"):
+        source.seek(0)
     with pytest.raises(ImageError, match=reason):
         SMALL(source)
     return message
@@ -106,6 +110,35 @@ def test_document_named_jpg(tmp_path: Path, data: bytes) -> None:
     refused(write(tmp_path / "a.jpg", data), "not an image, or damaged")
 
 
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"\xff\x0a\xfa\x7f\x01\x90", "JPEG XL"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n\0\0\0\x14ftypjxl ", "JPEG XL"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIF"),
+    ],
+)
+def test_formats_of_phones_and_cameras_are_named(tmp_path: Path, data: bytes, kind: str) -> None:
+    for source in (write(tmp_path / "a.jpg", data * 9), data * 9):
+        refused(source, f": is {kind}, which this Pillow cannot read; convert it to JPEG or PNG$")
+
+
+def test_suffixes_of_unsupported_formats(tmp_path: Path) -> None:
+    assert not SUFFIXES & UNSUPPORTED_SUFFIXES.keys()
+    for suffix, kind in UNSUPPORTED_SUFFIXES.items():
+        refused(write(tmp_path / f"a{suffix.upper()}", b"something"), f"is {kind}, which")
+        np.testing.assert_array_equal(read_image(write(tmp_path / f"a{suffix}", encoded("png"))), photo())
+
+
+@pytest.mark.skipif("AVIF" not in READ, reason="this Pillow has no AVIF codec")
+def test_avif_without_its_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.avif", encoded("avif"))
+    refused(write(tmp_path / "b.avif", encoded("avif")[:60]), "not an image, or damaged")
+    monkeypatch.setattr(read, "FORMATS", [name for name in READ if name != "AVIF"])
+    refused(path, r"a\.avif: is AVIF, which this Pillow cannot read; convert")
+
+
 @pytest.mark.parametrize("name", ["tga", "ico", "pcx", "eps", "sgi"])
 def test_format_that_pillow_knows_but_we_do_not_read(tmp_path: Path, name: str) -> None:
     refused(write(tmp_path / "a.jpg", encoded(name)), "not an image, or damaged")
@@ -154,9 +187,37 @@ def test_whatever_pillow_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     refused(path, rf"a\.png: {reason}$")
 
 
-@pytest.mark.parametrize("source", [None, 3, b"a.jpg", ["a.jpg"], io.BytesIO(b"abc")])
+@pytest.mark.parametrize("source", [None, 3, ["a.jpg"]])
 def test_source_of_another_type(source: object) -> None:
-    refused(source, "expected a path, a PIL image or a NumPy array, got")
+    refused(source, "expected a path, bytes, a binary file object, a PIL image or a NumPy array, got")
+
+
+# Bytes and file objects
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, io.BytesIO])
+def test_content_that_is_no_image(kind: type) -> None:
+    assert refused(kind(b"\xff" * 400_000), "not an image, or damaged").startswith(f"{kind.__name__}: ")
+    refused(kind(b"a.jpg"), "not an image, or damaged")  # bytes are content, never a path
+    refused(kind(encoded("jpeg")[:-40]), f"{kind.__name__}: image file is truncated")
+    refused(kind(png(20_000, 20_000)), "pixels")
+    refused(kind(b""), r"is empty \(0 bytes\)")
+
+
+def test_a_file_object_is_named_and_left_open(tmp_path: Path) -> None:
+    with write(tmp_path / "a.jpg", b"text").open("rb") as file:
+        assert refused(file, "not an image").startswith(f"{tmp_path}/a.jpg: ")
+        assert not file.closed
+    with (tmp_path / "a.jpg").open(encoding="utf-8") as file:
+        refused(file, r"a\.jpg: a bytes-like object is required, not 'str'")
+    with pytest.raises(ImageError, match=r"a\.jpg: I/O operation on closed file"):
+        read_image(file)
+
+
+def test_a_file_object_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read, "MAX_BYTES", 2**22)
+    with Path("/dev/zero").open("rb") as endless:
+        assert refused(endless, "more than the 4,194,304 bytes allowed").startswith("/dev/zero: ")
 
 
 # Names

@@ -31,6 +31,38 @@ def test_read_labels_splits_only_at_line_ends(tmp_path: Path) -> None:
     assert read_labels(tmp_path / "labels.txt", 2) == ("a\x0bb\u2028c", "d")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '["cat", "dog"]',
+        '{\n "1": "dog",\n "0": "cat"\n}\n',
+        '{"0": ["n02121808", "cat"], "1": ["n02084071", "dog"]}',
+    ],
+)
+def test_read_labels_from_json(tmp_path: Path, text: str) -> None:
+    (tmp_path / "labels.json").write_text(text)
+    assert read_labels(tmp_path / "labels.json", 2) == ("cat", "dog")
+
+
+@pytest.mark.parametrize("text", ['{"cat": 0, "dog": 1}', "[0, 1]", '{"1": "cat", "2": "dog"}', "[[], []]", "[{}, 2]"])
+def test_read_labels_from_json_of_another_kind(tmp_path: Path, text: str) -> None:
+    (tmp_path / "labels").write_text(text)
+    with pytest.raises(ValueError, match="labels: label file is JSON, but no list of names"):
+        read_labels(tmp_path / "labels", 2)
+
+
+@pytest.mark.parametrize("text", ["a\n\nc\n", '["a", " ", "c"]'])
+def test_read_labels_with_an_empty_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / "labels.txt").write_text(text)
+    with pytest.raises(ValueError, match=r"labels\.txt: label file has no name for class 1"):
+        read_labels(tmp_path / "labels.txt", 3)
+
+
+def test_a_name_may_begin_like_json(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("[unknown]\n{other}\n")
+    assert read_labels(tmp_path / "labels.txt", 2) == ("[unknown]", "{other}")
+
+
 @pytest.mark.parametrize(("text", "found"), [("a\nb\n", 2), ("", 0), ("\n\n", 0), ("a\nb\nc\nd\n", 4)])
 def test_read_labels_of_another_length(tmp_path: Path, text: str, found: int) -> None:
     (tmp_path / "labels.txt").write_text(text)

@@ -1,5 +1,6 @@
 """What is read, by Pillow's rules: sources, modes, frames, orientations. `parity/` compares with timm."""
 
+import io
 import warnings
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpn_jax.images.read import read_image
+from dpn_jax.images.read import FORMATS, read_image
 from dpn_jax.images.transform import Transform, preprocessing
 from dpn_jax.pretrained import Preprocessing
 from tests.support.photos import skimage_photo
@@ -126,6 +127,40 @@ def test_formats_and_a_misleading_suffix(tmp_path: Path, name: str) -> None:
     path = save(tmp_path / name, Image.fromarray(noise(8, 8)))
     pixels = same_as_pillow(path)
     np.testing.assert_array_equal(read_image(path.rename(tmp_path / "wrong.txt")), pixels)
+
+
+@pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow has no AVIF codec")
+def test_avif(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (20, 10), color) for color in ("red", "blue")]
+    same_as_pillow(save(tmp_path / "a.avif", Image.fromarray(noise(33, 21))))
+    path = save(tmp_path / "b.avif", frames[0], save_all=True, append_images=frames[1:])
+    assert same_as_pillow(path)[..., 0].min() > 200, "the first frame"
+
+
+class Stream(io.RawIOBase):
+    """Bytes that come in small pieces and cannot be read twice, as from a socket."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = io.BytesIO(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:
+        return self.data.readinto(memoryview(buffer)[:1000])
+
+
+def test_bytes_and_file_objects_are_read_like_the_file(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jpg", Image.fromarray(noise(40, 60)))
+    data, expected = path.read_bytes(), np.asarray(read_image(path))
+    for source in (data, bytearray(data), memoryview(data), memoryview(data).cast("B"), io.BytesIO(data), Stream(data)):
+        np.testing.assert_array_equal(read_image(source), expected)
+    opened = io.BytesIO(b"header" + data)
+    opened.seek(len(b"header"))
+    np.testing.assert_array_equal(read_image(opened), expected)
+    assert not opened.closed and opened.read() == b""
+    with path.open("rb") as file:
+        np.testing.assert_array_equal(read_image(file, at_least=5), read_image(path, at_least=5))
 
 
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate", "jpeg"])

@@ -1,3 +1,4 @@
+import io
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 import dpn_jax
 from dpn_jax.errors import ImageError
 from dpn_jax.fast.fold import Folded
+from dpn_jax.inference.evaluation import score
 from dpn_jax.inference.throughput import Clock
 from tests.support.models import TINY
 
@@ -79,6 +81,27 @@ def test_few_sizes_are_compiled(pictures: list[np.ndarray]) -> None:
     for count in (1, 2, 3, 4, 5, 7, 11):
         classifier(pictures[:count])
     assert classifier._forward.jitted._cache_size() == 3  # 1, 2 and 4
+
+
+def test_two_classes_with_the_defaults(pictures: list[np.ndarray]) -> None:
+    classifier = dpn_jax.Classifier(dpn_jax.create_model(TINY, num_classes=2, rngs=nnx.Rngs(0)))
+    both = classifier(pictures[0])
+    assert len(both) == 2
+    assert score([*classifier.stream(pictures[:1]), both], [0, 1]).top5 == 2
+
+
+def test_an_encoded_image_is_the_file(
+    classifier: dpn_jax.Classifier, pictures: list[np.ndarray], tmp_path: Path
+) -> None:
+    path = tmp_path / "photo.png"
+    Image.fromarray(pictures[0]).save(path)
+    data = path.read_bytes()
+    results = [classifier(data), *classifier([path, data, memoryview(data), io.BytesIO(data)])]
+    for result in results:
+        np.testing.assert_allclose([p.probability for p in result], [p.probability for p in results[0]], rtol=1e-5)
+    with pytest.raises(ImageError, match="bytes: not an image") as caught:
+        classifier(b"\xff" * 353_469)
+    assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize("top_k", [0, -1, 6])
