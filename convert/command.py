@@ -17,4 +17,8 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
     Returns:
       The exit code, as `dpn_jax.cli.main.main`.
     """
-    return guarded(lambda: tyro.cli(main, args=arguments, config=(tyro.conf.FlagCreatePairsOff,)) or 0)
+
+    def call(words: list[str]) -> int:
+        return tyro.cli(main, args=words, config=(tyro.conf.FlagCreatePairsOff,)) or 0
+
+    return guarded(call, arguments)

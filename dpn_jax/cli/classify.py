@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Annotated
 import tyro
 
 from dpn_jax.cli.options import ClassifierOptions, option
-from dpn_jax.cli.output import DONE, NOTHING_DONE, SOME_FAILED, Format, note, note_throughput, progress
-from dpn_jax.errors import ImageError, shown
+from dpn_jax.cli.output import DONE, NOTHING_DONE, SOME_FAILED, Format, json_line, note, note_throughput, progress
+from dpn_jax.errors import ImageError, printable, shown
 from dpn_jax.images.folders import image_files
 from dpn_jax.inference.classifier import Prediction
 
@@ -45,8 +44,7 @@ class Classify(ClassifierOptions):
             return NOTHING_DONE
         classifier = self.classifier()
         done = 0
-        top_k = self.top_k or min(5, len(classifier.labels))
-        with contextlib.closing(classifier.stream(paths, top_k=top_k)) as results:
+        with contextlib.closing(classifier.stream(paths, top_k=self.top_k)) as results:
             print_header(self.format)
             for path, result in zip(paths, progress(results, len(paths), "image"), strict=True):
                 if isinstance(result, ImageError):
@@ -82,12 +80,12 @@ def print_header(format: Format) -> None:
 def print_predictions(path: str, predictions: Sequence[Prediction], format: Format) -> None:
     """Prints the classes of one image."""
     if format == "json":
-        print(json.dumps({"image": path, "predictions": [prediction._asdict() for prediction in predictions]}))
+        print(json_line({"image": path, "predictions": [prediction._asdict() for prediction in predictions]}))
     elif format == "csv":
         writer = csv.writer(sys.stdout, lineterminator="\n")
         for rank, best in enumerate(predictions, start=1):
             writer.writerow([path, rank, best.index, best.synset, best.label, f"{best.probability:.6f}"])
     else:
-        print(shown(path))
+        print(printable(path))
         for best in predictions:
-            print(f"  {best.probability:7.2%}  {best.label}")
+            print(f"  {best.probability:7.2%}  {printable(best.label)}")

@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 import tyro
 
 from dpn_jax.checkpoint.save import convert
-from dpn_jax.cli.options import Dtype, option
+from dpn_jax.cli.options import Command, Dtype, option
 from dpn_jax.cli.output import DONE
 from dpn_jax.config import variant_of
-from dpn_jax.errors import shown
+from dpn_jax.errors import printable
 
 
 @dataclasses.dataclass(frozen=True)
-class Convert:
+class Convert(Command):
     """Convert weights from timm's layout to Flax's, or back."""
 
     source: Annotated[str, tyro.conf.Positional, option("SOURCE")]
@@ -49,5 +49,7 @@ class Convert:
         layout = self.to or ("flax" if read.is_timm else "timm")
         variant = variant_of(read.config) or "a custom DPN"
         size = Path(self.destination).stat().st_size
-        print(f"{shown(self.destination)}: {variant}, {len(read.tensors)} tensors in {layout} layout, {size:,} bytes")
+        print(
+            f"{printable(self.destination)}: {variant}, {len(read.tensors)} tensors in {layout} layout, {size:,} bytes"
+        )
         return DONE

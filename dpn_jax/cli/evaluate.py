@@ -35,8 +35,7 @@ class Evaluate(ClassifierOptions):
         self.check()
         classifier = self.classifier()
         examples = labeled_images(self.folder, classifier)
-        top_k = min(5, len(classifier.labels))
-        with contextlib.closing(classifier.stream((path for path, _ in examples), top_k=top_k)) as results:
+        with contextlib.closing(classifier.stream(path for path, _ in examples)) as results:
             accuracy = score(progress(results, len(examples), "image"), (label for _, label in examples))
         for failure in accuracy.failures:
             note(str(failure))

@@ -8,7 +8,7 @@ import tyro
 
 from dpn_jax.cli.options import ModelOptions, option
 from dpn_jax.cli.output import DONE, describe
-from dpn_jax.errors import shown
+from dpn_jax.errors import printable
 from dpn_jax.inference.export import Platform, export_model
 
 
@@ -39,5 +39,5 @@ class Export(ModelOptions):
         (images,), (logits,) = exported.in_avals, exported.out_avals
         where, size = ", ".join(exported.platforms), Path(self.destination).stat().st_size
         what = f"{images.str_short()} to {logits.str_short()} on {where}, {size:,} bytes"
-        print(f"{shown(self.destination)}: {what}; prepare images with {describe(settings)}")
+        print(f"{printable(self.destination)}: {what}; prepare images with {describe(settings)}")
         return DONE

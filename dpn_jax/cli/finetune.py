@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from dpn_jax.cli.options import Command
 from dpn_jax.cli.output import DONE, note, text_table
 from dpn_jax.errors import shown
 from dpn_jax.finetune.config import FinetuneConfig
@@ -17,7 +18,7 @@ from dpn_jax.finetune.run import Finetuned, finetune
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Finetune:
+class Finetune(Command):
     """Fine-tune a model on a folder that has one folder of images per class."""
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]

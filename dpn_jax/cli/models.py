@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 
 from dpn_jax.checkpoint.names import name_table
+from dpn_jax.cli.options import Command
 from dpn_jax.cli.output import DONE, Format, describe, print_rows, text_table
 from dpn_jax.config import VARIANTS
 from dpn_jax.pretrained import PRETRAINED, default_preprocessing
@@ -13,7 +14,7 @@ _HEAD = ("weights", "parameters", "GMACs", "top-1", "top-5", "data", "preprocess
 
 
 @dataclasses.dataclass(frozen=True)
-class Models:
+class Models(Command):
     """List the variants and their published weights."""
 
     format: Format = "table"

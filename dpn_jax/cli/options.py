@@ -34,7 +34,19 @@ def option(metavar: str, default: str = "", *, hint: str = "") -> object:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class Command:
+    """What every command has."""
+
+    traceback: bool = False
+    """Print the whole traceback of an error; may stand anywhere."""  # read by main.guarded, not from here
+
+    def run(self) -> int:
+        """Does what the command is there for; returns its exit code."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions(Command):
     """Which model, and the size of its images."""
 
     # one line each: tyro keeps the line breaks of longer ones
@@ -121,8 +133,11 @@ def find_device(kind: str | None) -> jax.Device | None:
     """
     if kind is None:
         return None
+    before = jax.config.jax_platforms
     try:
+        jax.config.update("jax_platforms", kind)  # the first to ask for a device would initialize those of all kinds
         return jax.devices(kind)[0]
     except RuntimeError as error:
+        jax.config.update("jax_platforms", before)
         present = ", ".join(sorted({device.platform for device in jax.devices()}))
         raise ValueError(f"--device {kind}: there is no such device here, only {present}") from error

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
@@ -41,7 +42,7 @@ def print_rows(rows: Sequence[Mapping[str, object]], format: Format, table: str)
     """Prints rows as JSON, one object per line, or as CSV; or else `table`, which has the same rows for people."""
     if format == "json":
         for row in rows:
-            print(json.dumps(row))
+            print(json_line(row))
     elif format == "csv":
         writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
         writer.writeheader()
@@ -50,13 +51,35 @@ def print_rows(rows: Sequence[Mapping[str, object]], format: Format, table: str)
         print(table)
 
 
+def json_line(value: object) -> str:
+    """JSON on one line; NaN and the infinities, which JSON lacks, are null.
+
+    Example:
+      >>> json_line({"loss": float("nan"), "top": [0.5, float("inf")]})
+      '{"loss": null, "top": [0.5, null]}'
+    """
+
+    def finite(value: object) -> object:
+        if isinstance(value, Mapping):
+            return {name: finite(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), allow_nan=False)
+
+
 def progress(items: Iterable[object], total: int, unit: str) -> Iterable[object]:
     """Shows a progress bar if stderr is a terminal."""
+    if sys.stderr is None:
+        return items
     return tqdm.tqdm(items, total=total, unit=unit, disable=None if total > 1 else True, file=sys.stderr)
 
 
 def note(message: str) -> None:
     """Prints a line to stderr, above the progress bar if there is one."""
+    if sys.stderr is None:  # closed; tqdm would print to stdout
+        return
     with contextlib.suppress(OSError):
         tqdm.tqdm.write(f"dpn-jax: {message}", file=sys.stderr)
 

@@ -432,7 +432,7 @@ def interrupt(phase, info):  # JAX has such a hook; what it raises is dropped
     if phase == "start":
         signal.raise_signal(signal.SIGINT)
 
-def command():
+def command(words):
     gc.callbacks.append(interrupt)
     gc.collect()
     gc.callbacks.remove(interrupt)
