@@ -19,7 +19,7 @@ from dpn_jax.cli.classify import Classify
 from dpn_jax.cli.convert import Convert
 from dpn_jax.cli.evaluate import Evaluate
 from dpn_jax.cli.export import Export
-from dpn_jax.cli.finetune import Finetune
+from dpn_jax.cli.finetune import Finetune, finetune_command
 from dpn_jax.cli.models import Models
 from dpn_jax.cli.output import DONE, INTERRUPTED, NOTHING_DONE, SOME_FAILED, note
 from dpn_jax.errors import reason
@@ -43,15 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for its next run and freed memory for its next call.
 
     Returns:
-      The exit code: 0 done; 1 some inputs failed and the rest were done; 2 nothing could be done; 130 Ctrl-C.
+      The exit code: 0 done; 1 some inputs failed and the rest were done; 2 nothing could be done; 130 Ctrl-C;
+      143 SIGTERM.
     """
 
     def run() -> int:
-        if (sys.argv[1:] if arguments is None else list(arguments)) == ["--version"]:
+        words = sys.argv[1:] if arguments is None else list(arguments)
+        if words == ["--version"]:
             print(f"dpn_jax {dpn_jax.__version__} (jax {jax.__version__}, flax {flax.__version__})")
             return DONE
         command = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
+            COMMANDS | {"finetune": finetune_command(words)},
             prog="dpn-jax",
             description="Dual Path Networks in JAX; `dpn-jax --version` prints the versions.",
             args=arguments,

@@ -121,7 +121,7 @@ def test_train_and_val_folders_are_taken_as_they_are(root: Path, tmp_path: Path)
         for label in ("b", "a"):
             write_images(tmp_path / name / label, 2 if name == "train" else 1)
     assert names(image_folder(tmp_path, split="train")) == ["a/0.png", "a/1.png", "b/0.png", "b/1.png"]
-    assert len(image_folder(tmp_path, split="val", val_fraction=0.0)) == 2
+    assert len(image_folder(tmp_path, split="val")) == 2
     with pytest.raises(DataError, match=r"has train/ and val/; name one"):
         image_folder(tmp_path, split="all")
     assert len(image_folder(tmp_path / "val", split="all")) == 2
