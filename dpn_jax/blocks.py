@@ -70,6 +70,11 @@ class Expand(nnx.Module):
             return DualPath(self.residual(x), self.dense(x))
         return split_paths(self.conv(x), self.residual_channels)
 
+    @property
+    def convolutions(self) -> tuple[Conv, ...]:
+        """The one or two convolutions, in the order of their outputs."""
+        return (self.residual, self.dense) if self.split else (self.conv,)
+
 
 class DualPathBlock(nnx.Module):
     """One micro-block of the paper's Figure 2 (d): 1x1 reduce, grouped 3x3, 1x1 expand.

@@ -169,7 +169,7 @@ def fit(
     model: dpn_jax.DPN, images: dict[str, finetune.ImageFolder], config: finetune.FinetuneConfig
 ) -> tuple[finetune.TrainState, dict[str, list[float]]]:
     data = finetune.batches(images["train"], config, model.provenance.preprocessing, train=True)
-    tx = finetune.make_optimizer(config, model, steps_per_epoch=data.per_epoch)
+    tx = finetune.make_optimizer(config, model, batches_per_epoch=data.per_epoch)
     state = finetune.TrainState.create(model, tx, config)
     history = collections.defaultdict(list)
     for _ in range(config.epochs):

@@ -1,18 +1,22 @@
 """`dpn-jax finetune`."""
 
 import dataclasses
+import importlib.util
+import itertools
 import shlex
-import sys
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from dpn_jax.cli.options import Command
-from dpn_jax.cli.output import DONE, note, text_table
-from dpn_jax.errors import shown
+from dpn_jax.cli.output import DONE, INTERRUPTED, TERMINATED, note, text_table
+from dpn_jax.errors import RunError, shown
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.multihost import connect, is_first
+from dpn_jax.finetune.record import Record, read_record
 from dpn_jax.finetune.report import CURVES, EVENTS, METRICS, read_metrics
 from dpn_jax.finetune.run import Finetuned, finetune
 
@@ -21,7 +25,7 @@ from dpn_jax.finetune.run import Finetuned, finetune
 class Finetune(Command):
     """Fine-tune a model on a folder that has one folder of images per class."""
 
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    folder: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA", help_behavior_hint="")] = None
     """Holds train/CLASS/* and val/CLASS/*, or CLASS/*, of which --val-fraction is held out for validation."""
     output: Annotated[str, tyro.conf.arg(metavar="RUN")]
     """The run's folder: checkpoints, metrics and, at the end, model.safetensors."""
@@ -33,7 +37,8 @@ class Finetune(Command):
     revision: Annotated[str | None, tyro.conf.arg(metavar="REVISION", help_behavior_hint="")] = None
     """Branch, tag or commit on the hub."""
     resume: bool = False
-    """Continue from the newest checkpoint in RUN; the other options must be the same."""
+    """Continue from the newest checkpoint in RUN, with its own DATA and options; those that do not change the result,
+    such as --workers, may be others, and so may --epochs."""
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=FinetuneConfig)
     """How to train."""
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT", help_behavior_hint="")] = None
@@ -47,7 +52,9 @@ class Finetune(Command):
 
     def run(self) -> int:
         """Trains, and prints how good the result is and how to use it."""
-        if not self.model and not self.weights:
+        if not self.resume and self.folder is None:
+            raise ValueError("name the folder of images: dpn-jax finetune DATA --output RUN")
+        if not self.resume and not self.model and not self.weights:
             raise ValueError("choose what to start from: --model TAG (see dpn-jax models) or --weights FILE")
         if self.distributed or (self.coordinator, self.processes, self.process_index) != (None, None, None):
             connect(self.coordinator, self.processes, self.process_index)
@@ -61,14 +68,38 @@ class Finetune(Command):
             resume=self.resume,
             note=note,
         )
-        if not is_first():
-            return DONE
-        if result.weights is None:
-            words = [word for word in sys.argv[1:] if word != "--resume"]
-            note(f"continue with: {shlex.join(['dpn-jax', *words, '--resume'])}")
-            return DONE
-        print_result(result)
+        if result.signal is not None:
+            if is_first():
+                note(f"continue with: {shlex.join(['dpn-jax', 'finetune', '--output', self.output, '--resume'])}")
+            return INTERRUPTED if result.signal == signal.SIGINT else TERMINATED
+        if is_first():
+            print_result(result)
         return DONE
+
+
+def finetune_command(words: Sequence[str]) -> type[Finetune]:
+    """The command, whose options default to those of the run that it is asked to resume.
+
+    Args:
+      words: the arguments of `dpn-jax`.
+    """
+    outputs = [after for before, after in itertools.pairwise(words) if before == "--output"]
+    outputs += [word.removeprefix("--output=") for word in words if word.startswith("--output=")]
+    if "--resume" not in words or not outputs:
+        return Finetune
+    output = Path(outputs[-1])
+    try:
+        config = Record.from_json(output, read_record(output)).config
+    except RunError:  # without a run, or none that can be read: said when it is resumed
+        return Finetune
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Resumed(Finetune):
+        __doc__ = Finetune.__doc__
+        config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=lambda: config)
+        """How to train."""
+
+    return Resumed
 
 
 def print_result(result: Finetuned) -> None:
@@ -91,4 +122,5 @@ def print_result(result: Finetuned) -> None:
     print(f"curves: {shown(str(result.output / CURVES))}")
     print(f"dpn-jax classify PHOTO_OR_FOLDER --weights {weights}")
     print(f"dpn-jax evaluate FOLDER --weights {weights}")
-    print(f"tensorboard --logdir {output}/{EVENTS}")
+    hint = "" if importlib.util.find_spec("tensorboard") else "  # pip install tensorboard"
+    print(f"tensorboard --logdir {output}/{EVENTS}{hint}")

@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for its next run and freed memory for its next call.
 
     Returns:
-      The exit code: 0 done; 1 some inputs failed and the rest were done; 2 nothing could be done; 130 Ctrl-C.
+      The exit code: 0 done; 1 some inputs failed and the rest were done; 2 nothing could be done; 130 Ctrl-C;
+      143 SIGTERM.
     """
 
     def run(words: list[str]) -> int:

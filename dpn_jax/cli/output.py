@@ -13,7 +13,7 @@ import tqdm
 from dpn_jax.inference.throughput import Throughput
 from dpn_jax.pretrained import Preprocessing
 
-DONE, SOME_FAILED, NOTHING_DONE, INTERRUPTED = 0, 1, 2, 130
+DONE, SOME_FAILED, NOTHING_DONE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 Format = Literal["table", "json", "csv"]
 

@@ -11,7 +11,7 @@ from dpn_jax.cli.classify import Classify
 from dpn_jax.cli.convert import Convert
 from dpn_jax.cli.evaluate import Evaluate
 from dpn_jax.cli.export import Export
-from dpn_jax.cli.finetune import Finetune
+from dpn_jax.cli.finetune import Finetune, finetune_command
 from dpn_jax.cli.models import Models
 from dpn_jax.cli.options import Command
 
@@ -47,7 +47,7 @@ def parse(words: Sequence[str]) -> Command:
     try:
         with contextlib.redirect_stderr(said):
             return tyro.extras.subcommand_cli_from_dict(
-                COMMANDS,
+                COMMANDS | {"finetune": finetune_command(words)},
                 prog="dpn-jax",
                 description="Dual Path Networks in JAX; `dpn-jax --version` prints the versions.",
                 args=words,

@@ -130,6 +130,5 @@ def _as_float32(variable: nnx.Variable) -> np.ndarray:
 
 
 def _expand_kernels(expand: Expand) -> list[np.ndarray]:
-    if expand.split:
-        return [_as_float32(conv.kernel)[0, 0] for conv in (expand.residual, expand.dense)]
-    return np.split(_as_float32(expand.conv.kernel)[0, 0], [expand.residual_channels], axis=1)
+    kernel = np.concatenate([_as_float32(conv.kernel)[0, 0] for conv in expand.convolutions], axis=1)
+    return np.split(kernel, [expand.residual_channels], axis=1)

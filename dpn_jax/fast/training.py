@@ -87,6 +87,5 @@ def _move_channels(model: DPN, plan: Plan, *, back: bool) -> None:
                 last_axis += [norm.scale, norm.bias, norm.mean, norm.var]
             for variable in last_axis:
                 variable.set_value(move(variable.get_value(), stage.groups))
-            expand = block.expand
-            for conv in (expand.residual, expand.dense) if expand.split else (expand.conv,):
+            for conv in block.expand.convolutions:
                 conv.kernel.set_value(move(conv.kernel.get_value(), stage.groups, axis=2))

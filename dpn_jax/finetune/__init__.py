@@ -19,9 +19,9 @@ from dpn_jax.finetune.report import plot_curves as plot_curves
 from dpn_jax.finetune.report import read_metrics as read_metrics
 from dpn_jax.finetune.run import Finetuned as Finetuned
 from dpn_jax.finetune.run import finetune as finetune
-from dpn_jax.finetune.run import initial_model as initial_model
+from dpn_jax.finetune.start import initial_model as initial_model
 from dpn_jax.finetune.step import TrainState as TrainState
 from dpn_jax.finetune.step import eval_step as eval_step
 from dpn_jax.finetune.step import train_step as train_step
-from dpn_jax.images.folders import ImageFolder as ImageFolder
-from dpn_jax.images.folders import image_folder as image_folder
+from dpn_jax.images.splits import ImageFolder as ImageFolder
+from dpn_jax.images.splits import image_folder as image_folder

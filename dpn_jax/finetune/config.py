@@ -20,7 +20,7 @@ class FinetuneConfig:
     batch_size: int = 32
     """Images per forward and backward pass, over all devices and hosts."""
     accumulate: int = 1
-    """Batches whose gradients are averaged for one update of the parameters."""
+    """Batches whose gradients are averaged for one update of the parameters; the rest of an epoch makes one too."""
     optimizer: Optimizer = "adamw"
     """Optimizer; sgd is torch's, without Nesterov momentum."""
     learning_rate: float = 1e-3
@@ -28,7 +28,9 @@ class FinetuneConfig:
     final_learning_rate: float = 0.0
     """Learning rate at the end of the cosine decay."""
     warmup_epochs: float = 1.0
-    """Epochs in which the learning rate rises linearly from 0."""
+    """Epochs in which the learning rate rises linearly to its peak."""
+    warmup_learning_rate: float = 1e-5
+    """Learning rate at the start of the warmup, or the peak if that is lower."""
     momentum: float = 0.9
     """Momentum of sgd; beta1 of the other optimizers."""
     weight_decay: float = 0.05
@@ -59,6 +61,8 @@ class FinetuneConfig:
     """Dropout rate before the classifier, in [0, 1)."""
     ema_decay: float | None = None
     """Decay of a moving average of parameters and norm statistics, to evaluate and save. Defaults to no average."""
+    ema_warmup: bool = True
+    """Start the average at the first update and raise its decay to ema_decay, so that a short run has a useful one."""
     freeze: str = "none"
     """What is not trained: none, stem, stageN (everything up to stage N), backbone (all but the classifier), or weights
     (all but norms and the classifier)."""
@@ -73,14 +77,17 @@ class FinetuneConfig:
     """Recompute blocks in the backward pass: less memory, more time."""
     image_size: int | None = None
     """Side of the images in pixels, at least 32. Defaults to that of the weights."""
-    val_fraction: float = 0.2
-    """Fraction of each class to hold out for validation if the data has no train/ and val/."""
+    val_fraction: float | None = None
+    """Fraction of each class to hold out for validation. Defaults to 0.2, or to nothing if the data has train/ and
+    val/."""
     seed: int = 0
     """Seed of everything random: initial classifier, validation split, order, augmentation, dropout."""
     workers: int = 2
     """Processes that read and augment images; 0 uses threads instead."""
     skip_broken: bool = False
-    """Skip images that cannot be read, and list them."""
+    """Do without images that cannot be read, and list them."""
+    skip_check: bool = False
+    """Do not read every image before the first epoch to find those that cannot be read."""
     checkpoint_every: int | None = None
     """Updates between checkpoints. Defaults to one checkpoint at the end of each epoch."""
     keep: int = 2
@@ -100,7 +107,8 @@ class FinetuneConfig:
             raise ValueError(f"image_size must be at least 32 pixels, got {self.image_size!r}")
         ranges = {
             "learning_rate": (0, float("inf")), "final_learning_rate": (0, self.learning_rate),
-            "warmup_epochs": (0, self.epochs), "momentum": (0, 1), "weight_decay": (0, float("inf")),
+            "warmup_learning_rate": (0, float("inf")), "warmup_epochs": (0, self.epochs), "momentum": (0, 1),
+            "weight_decay": (0, float("inf")),
             "layer_decay": (0, 1), "clip_norm": (0, float("inf")), "label_smoothing": (0, 1),
             "mixup": (0, float("inf")), "cutmix": (0, float("inf")), "flip": (0, 1), "color_jitter": (0, 1),
             "randaugment": (0, 10), "drop_rate": (0, 1), "ema_decay": (0, 1), "val_fraction": (0, 1),

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import logging
 import math
 import os
 import sys
@@ -19,8 +20,8 @@ from dpn_jax.errors import DataError, ImageError
 from dpn_jax.finetune.augment import color_jitter, rand_augment, random_crop
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.workers import prefetched, refuse_in_starting_worker
-from dpn_jax.images.folders import ImageFolder
 from dpn_jax.images.read import read_image
+from dpn_jax.images.splits import ImageFolder
 from dpn_jax.images.transform import Transform
 from dpn_jax.pretrained import Preprocessing
 
@@ -31,6 +32,8 @@ Batch = Mapping[str, jax.Array | np.ndarray]
 IteratorState = dict[str, int | str]
 
 _FILES_PER_CHECK = 32
+
+logger = logging.getLogger("dpn_jax")
 
 
 class BatchIterator(Iterator[Batch]):
@@ -121,7 +124,8 @@ def batches(
 
     Returns:
       An iterator over {'image': uint8 [B, S, S, C], 'label': int32 [B], 'weight': float32 [B]}, B being
-      `config.batch_size / process_count`. Iterating raises DataError if an image is broken or a worker dies.
+      `config.batch_size / process_count`. Iterating raises DataError if an image cannot be read (unless
+      `config.skip_broken` is set) or a worker dies.
 
     Raises:
       DataError: a training batch is larger than the data.
@@ -164,6 +168,11 @@ def find_broken(folder: ImageFolder, config: FinetuneConfig, preprocessing: Prep
     refuse_in_starting_worker()
     with contextlib.closing(prefetched(_Checks(folder, Transform(preprocessing)), config.workers)) as found:
         return {file: reason for checked in found for file, reason in checked}
+
+
+@functools.lru_cache(maxsize=1024)
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 @functools.lru_cache(maxsize=4)
@@ -212,21 +221,36 @@ class _Batches:
             "weight": np.zeros(count, np.float32),
         }
         for row, chosen in enumerate(order[first : first + count]):
-            batch["image"][row] = self._image(epoch, int(chosen))
-            batch["label"][row] = self.folder.labels[chosen]
-            batch["weight"][row] = 1
+            if found := self._read(epoch, int(chosen)):
+                batch["image"][row], batch["label"][row] = found
+                batch["weight"][row] = 1
         return batch
 
-    def _image(self, epoch: int, index: int) -> np.ndarray:
-        file = self.folder.files[index]
-        try:
-            if not self.train:
-                return self.transform.crop(file)
-            return _augmented(
-                file, self.config, self.transform, np.random.default_rng([self.config.seed, epoch, index + 1])
-            )
-        except ImageError as error:
-            raise DataError(f"{error}; repair or remove the file, or skip such files with --skip-broken") from error
+    def _read(self, epoch: int, chosen: int) -> tuple[np.ndarray, int] | None:
+        """An image and its label. Of one that is skipped: in training the next, in validation None.
+
+        Source: `timm.data.dataset.ImageDataset` for the next.
+        """
+        total = len(self.folder)
+        for index in (number % total for number in range(chosen, chosen + (total if self.train else 1))):
+            file = self.folder.files[index]
+            if index in self.folder.skipped:
+                continue
+            try:
+                if not self.train:
+                    return self.transform.crop(file), self.folder.labels[index]
+                generator = np.random.default_rng([self.config.seed, epoch, chosen + 1])
+                return _augmented(file, self.config, self.transform, generator), self.folder.labels[index]
+            except ImageError as error:
+                if not self.config.skip_broken:
+                    raise DataError(
+                        f"{error}; repair or remove it and continue with --resume, or without such files with "
+                        "--resume --skip-broken"
+                    ) from error
+                _warn_once(f"skipped: {error}")
+        if self.train:
+            raise DataError(f"none of the {total} images can be read; {self.folder.files[chosen]} is one of them")
+        return None
 
 
 def _augmented(file: str, config: FinetuneConfig, transform: Transform, generator: np.random.Generator) -> np.ndarray:

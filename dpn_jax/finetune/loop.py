@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.data import BatchIterator
 from dpn_jax.finetune.metrics import Row, Window, quality, validate
 from dpn_jax.finetune.multihost import any_of, broadcast_arrays, is_first, on_first, replicate, shard_batch
+from dpn_jax.finetune.optimizer import StepCounts
 from dpn_jax.finetune.report import Log
 from dpn_jax.finetune.step import TrainState, train_step
 
@@ -33,7 +34,13 @@ _STEPS_PER_LOG = 50
 class Interruption:
     """Whether a signal has asked the run to stop."""
 
-    requested: bool = False
+    signal: int | None = None
+    """Its number."""
+
+    @property
+    def requested(self) -> bool:
+        """Whether there was one."""
+        return self.signal is not None
 
 
 @contextlib.contextmanager
@@ -53,7 +60,7 @@ def catch_interruption() -> Iterator[Interruption]:
     def handle(number: int, frame: FrameType | None) -> None:
         if interruption.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        interruption.requested = True
+        interruption.signal = number
 
     in_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT) if in_main}
@@ -62,27 +69,6 @@ def catch_interruption() -> Iterator[Interruption]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@dataclasses.dataclass(frozen=True)
-class StepCounts:
-    """How many steps an epoch and the run have, and after how many the loop logs and saves; a step is one batch."""
-
-    per_epoch: int
-    total: int
-    log_every: int
-    save_every: int
-
-    @classmethod
-    def of(cls, config: FinetuneConfig, per_epoch: int) -> Self:
-        """The counts for epochs of `per_epoch` batches."""
-        log_every = min(max(per_epoch // _LOGS_PER_EPOCH, 1), _STEPS_PER_LOG)
-        save_every = per_epoch if config.checkpoint_every is None else config.checkpoint_every * config.accumulate
-        return cls(per_epoch, config.epochs * per_epoch, log_every, save_every)
-
-    def ends_epoch(self, step: int) -> bool:
-        """Whether step number `step` is the last one of an epoch."""
-        return step > 0 and step % self.per_epoch == 0
 
 
 class Training:
@@ -115,7 +101,8 @@ class Training:
         self.output = output
         self.config = config
         self.state = state
-        self.steps = StepCounts.of(config, train.per_epoch)
+        self.steps = StepCounts(config, train.per_epoch)
+        self._log_every = min(max(train.per_epoch // _LOGS_PER_EPOCH, 1), _STEPS_PER_LOG)
         self.step = 0
         self.saved: int | None = None
         """The step of the newest checkpoint."""
@@ -128,7 +115,12 @@ class Training:
         self._note = note
         self._window = Window()
         self._since = time.monotonic()
-        self._checkpoints = Checkpoints(output / CHECKPOINTS, keep=config.keep) if is_first() else None
+        self._checkpoints: Checkpoints | None = None  # in process 0 only, as the log
+
+        def open_folder() -> None:
+            self._checkpoints = Checkpoints(output / CHECKPOINTS, keep=config.keep)
+
+        on_first(open_folder)
 
     def restore(self) -> bool:
         """Restores the newest checkpoint.
@@ -219,9 +211,9 @@ class Training:
                 self._save()
                 return False
             ended = self.steps.ends_epoch(self.step)
-            if ended or self.step % self.steps.log_every == 0:
+            if ended or self.step % self._log_every == 0:
                 self._report(log, bar)
-            if ended or self.step % self.steps.save_every == 0:
+            if self.steps.saves(self.step):
                 self._save()
 
     def _train_batch(self, bar: tqdm.tqdm) -> bool:
@@ -246,8 +238,7 @@ class Training:
         now = time.monotonic()
         rate, self._since = images / (now - self._since), now
         bar.set_postfix({"epoch": f"{row['epoch']:.1f}", "loss": row["loss"], "accuracy": f"{row['accuracy']:.1%}"})
-        if log:
-            log.write(row, images_per_second=rate)
+        on_first(lambda: log.write(row, images_per_second=rate))
 
     def _validate(self, log: Log | None) -> bool:
         """Measures the state on the validation images; False if asked to stop meanwhile."""
@@ -269,8 +260,7 @@ class Training:
         row = self._row("val", means)
         if self.best is None or quality(row) > quality(self.best):
             self.best = row
-        if log:
-            log.write(row)
+        on_first(lambda: log.write(row))
         self._note(
             f"epoch {row['epoch']:.0f} of {self.config.epochs}: validation loss {row['loss']:.4f}, "
             f"accuracy {row['accuracy']:.2%}{', the best so far' if self.best is row else ''}"
@@ -303,7 +293,7 @@ class Training:
         if jax.process_count() == 1:
             return self._interruption.requested
         # all processes must stop at the same step, and asking them takes time
-        return self.step % self.steps.log_every == 0 and any_of(self._interruption.requested)
+        return self.step % self._log_every == 0 and any_of(self._interruption.requested)
 
     def _set_state(self, saved: Saved | None) -> None:
         """Takes the state that process 0 has read."""

@@ -44,20 +44,31 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def broadcast(value: Value) -> Value:
-    """Process 0's value, in every process.
+def broadcast(value: Value, *, source: int = 0) -> Value:
+    """The value of one process, in every process.
 
     Args:
       value: anything JSON can hold; ignored in the other processes.
+      source: the index of the process that has the value.
     """
     if jax.process_count() == 1:
         return value
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
-    text = np.frombuffer(json.dumps(value).encode() if is_first() else b"", np.uint8)
-    size = int(broadcast_one_to_all(np.int32(text.size)))
-    text = broadcast_one_to_all(text if is_first() else np.zeros(size, np.uint8))
+    has_it = jax.process_index() == source
+    text = np.frombuffer(json.dumps(value).encode() if has_it else b"", np.uint8)
+    size = int(broadcast_one_to_all(np.int32(text.size), is_source=has_it))
+    text = broadcast_one_to_all(text if has_it else np.zeros(size, np.uint8), is_source=has_it)
     return json.loads(np.asarray(text, np.uint8).tobytes())
+
+
+def gather(value: Value) -> list[Value]:
+    """Every process's value, in every process: by index of the process.
+
+    Args:
+      value: anything JSON can hold.
+    """
+    return [broadcast(value, source=index) for index in range(jax.process_count())]
 
 
 def broadcast_arrays(tree: Tree) -> Tree:

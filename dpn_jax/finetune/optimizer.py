@@ -1,5 +1,8 @@
 """The optimizer and its learning rate schedule, built from optax."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,10 +12,56 @@ from dpn_jax.finetune.parameters import check_freeze, decayed, layer_distance, p
 from dpn_jax.model import DPN
 
 
+@dataclasses.dataclass(frozen=True)
+class StepCounts:
+    """How many steps an epoch and the run have; a step is one batch, an update those that `accumulate` averages.
+
+    Example:
+      >>> steps = StepCounts(FinetuneConfig(epochs=3, accumulate=4), per_epoch=10)
+      >>> steps.total, steps.updates, [steps.updates_at(step) for step in (3, 4, 9, 10, 14)]
+      (30, 9, [0, 1, 2, 3, 4])
+    """
+
+    config: FinetuneConfig
+    per_epoch: int
+
+    @property
+    def total(self) -> int:
+        """Steps of the run."""
+        return self.config.epochs * self.per_epoch
+
+    @property
+    def updates(self) -> int:
+        """Updates of the parameters in the run."""
+        return self.updates_at(self.total)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """One for each `accumulate` batches, and one for the rest, as in timm's `train.py`."""
+        return math.ceil(self.per_epoch / self.config.accumulate)
+
+    def updates_at(self, step: int) -> int:
+        """Updates that are done after so many steps."""
+        epochs, rest = divmod(step, self.per_epoch)
+        return epochs * self.updates_per_epoch + rest // self.config.accumulate
+
+    def saves(self, step: int) -> bool:
+        """Whether there is a checkpoint after step number `step`: at the end of an epoch, or of so many updates."""
+        every = self.config.checkpoint_every
+        due = every is not None and self.updates_at(step) // every > self.updates_at(step - 1) // every
+        return due or self.ends_epoch(step)
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether step number `step` is the last one of an epoch."""
+        return step > 0 and step % self.per_epoch == 0
+
+
 def learning_rate(
     config: FinetuneConfig, *, steps: int | None = None, steps_per_epoch: float | None = None
 ) -> optax.Schedule:
-    """The learning rate by update: linear warmup from 0 to the peak, then cosine decay to the final rate.
+    """The learning rate by update: linear warmup to the peak, then cosine decay to the final rate.
+
+    At least one update is at the peak, however short the run is.
 
     Args:
       config: the rates and the length of the warmup.
@@ -29,8 +78,8 @@ def learning_rate(
     Example:
       >>> config = FinetuneConfig(epochs=10, warmup_epochs=2, learning_rate=0.1)
       >>> schedule = learning_rate(config, steps_per_epoch=5)
-      >>> [round(float(schedule(update)), 3) for update in (0, 5, 10, 30, 50)]
-      [0.0, 0.05, 0.1, 0.05, 0.0]
+      >>> [round(float(schedule(update)), 5) for update in (0, 5, 10, 30, 50)]
+      [1e-05, 0.05001, 0.1, 0.05, 0.0]
     """
     if steps is None and steps_per_epoch is None:
         return optax.constant_schedule(config.learning_rate)
@@ -38,9 +87,9 @@ def learning_rate(
     steps_per_epoch = steps / config.epochs if steps_per_epoch is None else steps_per_epoch
     if steps < 1 or steps_per_epoch <= 0:
         raise ValueError(f"steps and steps_per_epoch must be more than 0, got {steps} and {steps_per_epoch}")
-    warmup = min(round(config.warmup_epochs * steps_per_epoch), steps)
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
+        init_value=min(config.warmup_learning_rate, config.learning_rate),
         peak_value=config.learning_rate,
         warmup_steps=warmup,
         decay_steps=max(steps, warmup + 1),  # optax wants at least one step of decay
@@ -51,7 +100,12 @@ def learning_rate(
 
 
 def make_optimizer(
-    config: FinetuneConfig, model: DPN, *, steps: int | None = None, steps_per_epoch: float | None = None
+    config: FinetuneConfig,
+    model: DPN,
+    *,
+    batches_per_epoch: int | None = None,
+    steps: int | None = None,
+    steps_per_epoch: float | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer of a configuration.
 
@@ -63,6 +117,8 @@ def make_optimizer(
     Args:
       config: the options.
       model: the model; only its architecture and parameter dtype are used.
+      batches_per_epoch: batches in an epoch. The gradients that are left over at the end of an epoch are then averaged
+        for an update of their own, as in timm, and `steps_per_epoch` defaults to the number of updates.
       steps, steps_per_epoch: see `learning_rate`.
 
     Returns:
@@ -82,6 +138,8 @@ def make_optimizer(
     Source: `torch.optim.SGD`; `timm.optim.param_groups_layer_decay`.
     """
     check_freeze(config, model)
+    if batches_per_epoch is not None and steps_per_epoch is None:
+        steps_per_epoch = StepCounts(config, batches_per_epoch).updates_per_epoch
     schedule = learning_rate(config, steps=steps, steps_per_epoch=steps_per_epoch)
     parts = [
         *_direction(config),
@@ -93,7 +151,7 @@ def make_optimizer(
         parts.append(_scale_by_layer(config.layer_decay, model.config.depths))
     optimizer = optax.chain(*parts)
     if config.accumulate > 1:
-        optimizer = _accumulate(optimizer, config.accumulate, model.param_dtype)
+        optimizer = _accumulate(optimizer, config, batches_per_epoch, model.param_dtype)
 
     def labels(params: optax.Params) -> optax.Params:
         return jax.tree.map(lambda trained: "trained" if trained else "frozen", trainable(config, params))
@@ -122,11 +180,34 @@ def _scale_by_layer(factor: float, depths: tuple[int, ...]) -> optax.GradientTra
     return optax.stateless(scale)
 
 
+def learning_rate_of(optimizer: optax.OptState) -> jax.Array:
+    """The learning rate of the last update, float32; NaN of an optimizer that is not from `make_optimizer`."""
+    found = optax.tree.get(optimizer, "learning_rate", math.nan, filtering=lambda _, x: isinstance(x, jax.Array))
+    return jnp.asarray(found, jnp.float32)
+
+
+def updates_of(optimizer: optax.OptState, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many updates of the parameters there were after `step` batches, and whether the last batch made one."""
+    updates, batches = (optax.tree.get(optimizer, name, None) for name in ("gradient_step", "mini_step"))
+    return (step, jnp.bool_(True)) if updates is None else (updates, batches == 0)
+
+
 def _accumulate(
-    optimizer: optax.GradientTransformation, every: int, dtype: jax.typing.DTypeLike
+    optimizer: optax.GradientTransformation,
+    config: FinetuneConfig,
+    batches_per_epoch: int | None,
+    dtype: jax.typing.DTypeLike,
 ) -> optax.GradientTransformation:
+    def batches_of(update: jax.Array) -> jax.Array | int:
+        """How many batches an update averages: fewer for the last one of an epoch."""
+        if batches_per_epoch is None:
+            return config.accumulate
+        updates = StepCounts(config, batches_per_epoch).updates_per_epoch
+        rest = batches_per_epoch - config.accumulate * (updates - 1)
+        return jnp.where(update % updates == updates - 1, rest, config.accumulate)
+
     dtype = dtype if dtype.itemsize >= 4 else "float32"
-    return optax.MultiSteps(optimizer, every, accumulator_dtype=dtype).gradient_transformation()
+    return optax.MultiSteps(optimizer, batches_of, accumulator_dtype=dtype).gradient_transformation()
 
 
 def _promote(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
@@ -19,6 +18,7 @@ from dpn_jax.fast.training import fast_apply
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.data import Batch
 from dpn_jax.finetune.mixup import mix
+from dpn_jax.finetune.optimizer import learning_rate_of, updates_of
 from dpn_jax.finetune.parameters import frozen_norms, trainable
 from dpn_jax.model import DPN
 from dpn_jax.pretrained import Preprocessing, default_preprocessing
@@ -224,8 +224,8 @@ def _train_step(state: TrainState, batch: Batch, sharding: NamedSharding | None)
     # frozen parameters stay whatever the optimizer does, such as weight decay
     params = jax.tree.map(lambda t, new, old: new if t else old, trained, moved, state.params)
     step = state.step + 1
-    ema = state.ema and _average(state.ema, (params, statistics), config.ema_decay, step % config.accumulate == 0)
-    metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": _learning_rate(optimizer)}
+    ema = state.ema and _average(state.ema, (params, statistics), config, *updates_of(optimizer, step))
+    metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": learning_rate_of(optimizer)}
     return _constrain((TrainState(step, params, statistics, optimizer, ema, setup), metrics), sharding)
 
 
@@ -295,19 +295,26 @@ def _metrics(logits: jax.Array, targets: jax.Array, smooth: jax.Array, weights: 
     }
 
 
-def _average(old: nnx.State, new: nnx.State, decay: float, updated: jax.Array) -> nnx.State:
-    """The exponential moving average; counters are copied, and constant values stay bit-identical."""
+def _average(
+    old: nnx.State, new: nnx.State, config: FinetuneConfig, updates: jax.Array, updated: jax.Array
+) -> nnx.State:
+    """The exponential moving average; counters are copied, and constant values stay bit-identical.
+
+    Source: `timm.utils.ModelEmaV3`.
+    """
+    decay = jnp.asarray(config.ema_decay, float)
+    if config.ema_warmup:
+        # 0.37 at the second update, 0.9 at the 32nd, 0.99 at the 1000th
+        decay = jnp.minimum(decay, 1 - updates.astype(decay.dtype) ** (-2 / 3))
+    first = updates == 1  # taken as it is: the average is not to hold what was there before training
 
     def move(old: jax.Array, new: jax.Array) -> jax.Array:
-        moved = old + (1 - decay) * (new - old) if jnp.issubdtype(old.dtype, jnp.floating) else new
+        if not jnp.issubdtype(old.dtype, jnp.floating):
+            return jnp.where(updated, new, old)
+        moved = jnp.where(first, new, old + (1 - decay).astype(old.dtype) * (new - old))
         return jnp.where(updated, moved, old)
 
     return jax.tree.map(move, old, new)
-
-
-def _learning_rate(optimizer: optax.OptState) -> jax.Array:
-    found = optax.tree.get(optimizer, "learning_rate", math.nan, filtering=lambda _, x: isinstance(x, jax.Array))
-    return jnp.asarray(found, jnp.float32)
 
 
 def _mesh_sharding(state: TrainState) -> NamedSharding | None:

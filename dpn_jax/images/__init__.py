@@ -1,1 +1,1 @@
-"""From photos to arrays: `read`, `transform`; what the classes are called, `labels`; which files, `folders`."""
+"""From photos to arrays: `read`, `transform`; class names: `labels`; which files: `folders`, `splits`."""

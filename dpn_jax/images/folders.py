@@ -1,21 +1,29 @@
-"""Folders of images: one walk over class folders for training and evaluation, and the split of their images."""
+"""Folders of images: the one walk over them, whether they are classified, evaluated or trained on."""
 
-import dataclasses
-import hashlib
+import logging
 import os
 import re
-from collections.abc import Collection
+import unicodedata
 from pathlib import Path
-from typing import Literal
 
-from dpn_jax.errors import DataError, ImageError, reason, shown
-from dpn_jax.images.read import SUFFIXES
+from dpn_jax.errors import ImageError, reason, shown
+from dpn_jax.images.read import SUFFIXES, UNSUPPORTED_SUFFIXES
 
-Split = Literal["train", "val", "all"]
+# besides hidden ones: of macOS's archives, Python, Synology, Windows, ext4
+_LEFT_BEHIND = frozenset(
+    {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
+)
+_RUN_FILES = ("metrics.jsonl", "config.json")  # of a fine-tuning run, which also holds a picture of its curves
+
+logger = logging.getLogger("dpn_jax")
 
 
 def image_files(folder: str | os.PathLike) -> list[Path]:
     """Lists the images in a folder and its subfolders by their suffixes, in either case; no image is opened.
+
+    What systems and tools leave behind is passed over at every level: hidden files and folders (named '.*'),
+    `__MACOSX` and the like, and the folders of fine-tuning runs. A warning (logger `dpn_jax`) tells how many, and how
+    many photos have a format that cannot be read.
 
     Args:
       folder: where to look. Symbolic links are followed, as in timm, except into a folder that contains them.
@@ -31,38 +39,28 @@ def image_files(folder: str | os.PathLike) -> list[Path]:
       Traceback (most recent call last):
       dpn_jax.errors.ImageError: no-such-folder: No such file or directory
     """
-    files = []
-    pending = [(Path(folder), frozenset[Path]())]
-    while pending:
-        directory, ancestors = pending.pop()
-        try:
-            real = directory.resolve()
-            if real in ancestors:
-                continue
-            for entry in directory.iterdir():
-                if entry.is_dir():
-                    pending.append((entry, ancestors | {real}))
-                elif entry.suffix.lower() in SUFFIXES:
-                    files.append(entry)
-        except OSError as error:
-            raise ImageError(f"{shown(directory)}: {reason(error)}") from error
-    return sorted(files)
+    walk = Walk(Path(folder))
+    files = walk.images(walk.root)
+    walk.tell()
+    return files
 
 
 def class_folders(root: str | os.PathLike) -> dict[str, list[Path]]:
     """Lists the images of `root/<class>/**`, class by class; no image is opened.
 
     Args:
-      root: the folder that holds one folder of images per class. Hidden folders (named '.*') and files beside the class
-        folders are skipped; folders inside a class folder belong to its class.
+      root: the folder that holds one folder of images per class. Files beside the class folders are skipped, and so is
+        what `image_files` passes over; folders inside a class folder belong to its class.
 
     Returns:
       The images of each class, sorted, as paths that begin with `root`. The classes are in the natural order of their
-      names: 2 before 10.
+      names (2 before 10), which are the folders' in Unicode's composed form (NFC); bytes that are not UTF-8 are written
+      as `\\xff`.
 
     Raises:
-      ImageError: `root` is not a folder, it or a folder in it cannot be listed, it has no class folders, or a class has
-        no images; the message names the folder.
+      ImageError: `root` is not a folder, it or a folder in it cannot be listed, it has no class folders, a class has no
+        images, two folders have one name in different Unicode forms, or all class folders hold folders only; the
+        message names the folder.
 
     Example:
       >>> class_folders("no-such-folder")
@@ -72,146 +70,115 @@ def class_folders(root: str | os.PathLike) -> dict[str, list[Path]]:
     Source: `timm.data.readers.reader_image_folder` and, for the order, `timm.data.readers.class_map.natural_key`.
     """
     root = Path(root)
-    try:
-        if not root.is_dir():
-            raise ImageError(f"{shown(root)}: {'is not a folder' if root.exists() else 'no such folder'}")
-        names = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    except OSError as error:
-        raise ImageError(f"{shown(root)}: {reason(error)}") from error
-    if not names:
+    walk = Walk(root)
+    folders: dict[str, Path] = {}
+    for folder in walk.folders(root):
+        twin = folders.setdefault(_class_name(folder), folder)
+        if twin is not folder:
+            raise ImageError(f"{shown(folder)}: a second folder of this name, in another Unicode form; join the two")
+    if not folders:
         raise ImageError(f"{shown(root)}: no class folders; expected {shown(root / '<class>' / '<image>')}")
-    classes = {name: image_files(root / name) for name in sorted(names, key=_natural_key)}
+    classes = {name: walk.images(folders[name]) for name in sorted(folders, key=_natural_key)}
+    walk.tell()
+    if any(classes.values()) and not any(file.parent == folders[name] for name in classes for file in classes[name]):
+        names = ", ".join(shown(f"{folder.name}/") for folder in sorted(folders.values())[:3])
+        raise ImageError(
+            f"{shown(root)}: its folders ({names}{', ...' if len(folders) > 3 else ''}) hold no images, only folders: "
+            "a level too many; name the folder whose folders are the classes"
+        )
     for name, files in classes.items():
         if not files:
-            raise ImageError(f"{shown(root / name)}: the class has no images; add some, or remove the folder")
+            raise ImageError(f"{shown(folders[name])}: the class has no images; add some, or remove the folder")
     return classes
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageFolder:
-    """Images and their classes.
+class Walk:
+    """Lists folders, and remembers what it passes over.
 
     Args:
-      class_names: names of the classes, in the order of the logits.
-      files: path of each image.
-      labels: class of each image, its index in `class_names`.
+      root: where it starts.
     """
 
-    class_names: tuple[str, ...]
-    files: tuple[str, ...]
-    labels: tuple[int, ...]
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._passed_over: list[Path] = []
+        self._unreadable: list[Path] = []
 
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def without(self, files: Collection[str]) -> "ImageFolder":
-        """The same without some of the files, such as those that `find_broken` found.
+    def folders(self, folder: Path) -> list[Path]:
+        """The folders in `folder`, sorted.
 
         Raises:
-          DataError: a class would have no images left.
-
-        Example:
-          >>> ImageFolder(("cat", "dog"), ("a.png", "b.png", "c.png"), (0, 1, 1)).without(["b.png"]).files
-          ('a.png', 'c.png')
+          ImageError: it is not a folder, or cannot be listed.
         """
-        files = frozenset(files)
-        kept = [(file, label) for file, label in zip(self.files, self.labels, strict=True) if file not in files]
-        for label in sorted(set(self.labels) - {label for _, label in kept}):
-            raise DataError(f"class {self.class_names[label]!r}: none of its images can be read; add some that can")
-        return ImageFolder(self.class_names, *(tuple(column) for column in zip(*kept, strict=True)))
+        try:
+            if not folder.is_dir():
+                raise ImageError(f"{shown(folder)}: {'is not a folder' if folder.exists() else 'no such folder'}")
+        except OSError as error:
+            raise ImageError(f"{shown(folder)}: {reason(error)}") from error
+        return sorted(self._entries(folder)[0])
+
+    def images(self, folder: Path) -> list[Path]:
+        """The images in `folder` and its subfolders, sorted.
+
+        Raises:
+          ImageError: it or one of them cannot be listed.
+        """
+        found = []
+        pending = [(folder, frozenset[Path]())]
+        while pending:
+            directory, ancestors = pending.pop()
+            if (real := _resolved(directory)) not in ancestors:
+                folders, files = self._entries(directory)
+                pending += ((inner, ancestors | {real}) for inner in folders)
+                found += (file for file in files if file.suffix.lower() in SUFFIXES)
+                self._unreadable += (file for file in files if file.suffix.lower() in UNSUPPORTED_SUFFIXES)
+        return sorted(found)
+
+    def tell(self) -> None:
+        """Warns about what was passed over, in a line for each reason."""
+        for paths, what in (
+            (self._passed_over, "passed over, as systems and tools leave such names behind"),
+            (self._unreadable, "in formats that cannot be read; convert them to JPEG or PNG"),
+        ):
+            if paths:
+                names = ", ".join(shown(path.relative_to(self.root)) for path in sorted(paths)[:3])
+                logger.warning(
+                    "%s: %d %s (%s%s)", shown(self.root), len(paths), what, names, ", ..." if len(paths) > 3 else ""
+                )
+
+    def _entries(self, folder: Path) -> tuple[list[Path], list[Path]]:
+        """The folders and the files in a folder, without what is passed over."""
+        folders, files = [], []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    path, is_folder = folder / entry.name, entry.is_dir()
+                    if not _is_left_behind(path, is_folder):
+                        (folders if is_folder else files).append(path)
+                    elif is_folder or path.suffix.lower() in SUFFIXES:
+                        self._passed_over.append(path)
+        except OSError as error:
+            raise ImageError(f"{shown(folder)}: {reason(error)}") from error
+        return folders, files
 
 
-def image_folder(path: str | os.PathLike, *, split: Split, val_fraction: float = 0.2, seed: int = 0) -> ImageFolder:
-    """Lists the training or the validation images of a folder of class folders; no image is opened.
+def _is_left_behind(path: Path, is_folder: bool) -> bool:
+    if path.name.startswith(".") or path.name.lower() in _LEFT_BEHIND:
+        return True
+    return is_folder and all((path / name).is_file() for name in _RUN_FILES)
 
-    With `path/train/<class>/*` and `path/val/<class>/*` these are the two splits. Otherwise `path/<class>/*` is split
-    class by class, by a hash of the seed and each file's name, so that adding an image hardly moves any other.
 
-    Args:
-      path: the folder; `class_folders` says which folders and files count.
-      split: 'train', 'val', or 'all' for every image of `path/<class>/*`.
-      val_fraction: fraction of each class that is 'val', in [0, 1), at least one image and not all; 0 holds out none.
-      seed: seed of the split.
+def _resolved(folder: Path) -> Path:
+    try:
+        return folder.resolve()
+    except OSError as error:
+        raise ImageError(f"{shown(folder)}: {reason(error)}") from error
 
-    Returns:
-      The images, class by class in the natural order of the class names (2 before 10). Bytes of a name that are not
-      UTF-8 are written as `\\xff`.
 
-    Raises:
-      DataError: `class_folders` fails, there is only one class, a class has too few images to split, or train/ and val/
-        do not have the same classes; the message names the folder.
-      ValueError: `split` or `val_fraction` is out of range.
-
-    Example:
-      >>> image_folder("no-such-folder", split="train")
-      Traceback (most recent call last):
-      dpn_jax.errors.DataError: no-such-folder: no such folder
-    """
-    if split not in ("train", "val", "all"):
-        raise ValueError(f"split must be 'train', 'val' or 'all', got {split!r}")
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction!r}")
-    root = Path(path)
-    parts = [root / name for name in ("train", "val") if _holds_folders(root / name)]
-    if not parts:
-        classes = _two_or_more_classes(root)
-        if split != "all":
-            classes = {name: _split(root / name, files, split, val_fraction, seed) for name, files in classes.items()}
-        if split == "val" and val_fraction == 0:
-            raise DataError(f"{shown(root)}: val_fraction 0 leaves no images to validate with")
-    elif len(parts) == 1:
-        missing = {"train": "val", "val": "train"}[parts[0].name]
-        raise DataError(f"{shown(root)}: has {parts[0].name}/ but no {missing}/; add it, or name {shown(parts[0])}")
-    elif split == "all":
-        raise DataError(f"{shown(root)}: has train/ and val/; name one of the two")
-    else:
-        train, val = (_two_or_more_classes(part) for part in parts)
-        if difference := sorted(train.keys() ^ val.keys()):
-            name = difference[0]
-            raise DataError(
-                f"{shown(root)}: train/ and val/ must have the same class folders, but {len(difference)} are in one "
-                f"only, such as {shown(parts[name in val] / name)}"
-            )
-        classes = train if split == "train" else val
-    pairs = [(str(file.absolute()), label) for label, files in enumerate(classes.values()) for file in files]
-    names = tuple(os.fsencode(name).decode("utf-8", "backslashreplace") for name in classes)
-    return ImageFolder(names, *(tuple(column) for column in zip(*pairs, strict=True)))
+def _class_name(folder: Path) -> str:
+    return unicodedata.normalize("NFC", os.fsencode(folder.name).decode("utf-8", "backslashreplace"))
 
 
 def _natural_key(name: str) -> tuple[list[str | int], str]:
     """Sorts digits as numbers and ignores case."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name
-
-
-def _holds_folders(path: Path) -> bool:
-    """Whether `path` is a folder of class folders, not itself the folder of a class named train or val."""
-    try:
-        return path.is_dir() and any(entry.is_dir() for entry in path.iterdir())
-    except OSError as error:
-        raise DataError(f"{shown(path)}: {reason(error)}") from error
-
-
-def _two_or_more_classes(root: Path) -> dict[str, list[Path]]:
-    try:
-        classes = class_folders(root)
-    except ImageError as error:
-        raise DataError(str(error)) from error
-    if len(classes) == 1:
-        raise DataError(f"{shown(root)}: one class only, {shown(Path(*classes))}; there must be two or more")
-    return classes
-
-
-def _split(folder: Path, files: list[Path], split: Split, fraction: float, seed: int) -> list[Path]:
-    """The files of one class that belong to `split`, in their order."""
-    if fraction == 0:
-        return files if split == "train" else []
-    if len(files) < 2:
-        raise DataError(f"{shown(folder)}: one image is too few to split; add some, or make folders train/ and val/")
-
-    def digest(file: Path) -> bytes:
-        name = file.relative_to(folder).as_posix()
-        return hashlib.blake2b(os.fsencode(f"{seed}/{folder.name}/{name}"), digest_size=16).digest()
-
-    count = min(max(round(len(files) * fraction), 1), len(files) - 1)
-    held_out = set(sorted(files, key=digest)[:count])
-    return [file for file in files if (file in held_out) == (split == "val")]

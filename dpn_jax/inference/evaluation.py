@@ -1,6 +1,7 @@
 """Top-1 and top-5 accuracy of a model on a folder of class folders."""
 
 import os
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -85,7 +86,7 @@ def score(results: Iterable[Sequence[Prediction] | ImageError], labels: Iterable
 
 def _class_indices(folder: str | os.PathLike, names: Sequence[str], classifier: Classifier) -> Mapping[str, int]:
     """The class index of each folder name, by labels, synsets or indices: whichever knows the most names."""
-    labels = classifier.labels
+    labels = [unicodedata.normalize("NFC", label) for label in classifier.labels]  # as class_folders names them
     # a label that two classes share, as ImageNet's crane the bird and crane the machine, names neither
     schemes = [{label: index for index, label in enumerate(labels) if labels.count(label) == 1}]
     if None not in classifier.synsets:

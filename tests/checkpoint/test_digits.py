@@ -9,7 +9,7 @@ import pytest
 import dpn_jax
 from convert.timm_import import create_timm_model
 from dpn_jax.checkpoint.save import convert
-from dpn_jax.images.folders import image_folder
+from dpn_jax.images.splits import image_folder
 from dpn_jax.pretrained import PRETRAINED
 
 TAG = "dpn_tiny.digits"

@@ -121,7 +121,7 @@ def test_train_and_val_folders_are_taken_as_they_are(root: Path, tmp_path: Path)
         for label in ("b", "a"):
             write_images(tmp_path / name / label, 2 if name == "train" else 1)
     assert names(image_folder(tmp_path, split="train")) == ["a/0.png", "a/1.png", "b/0.png", "b/1.png"]
-    assert len(image_folder(tmp_path, split="val", val_fraction=0.0)) == 2
+    assert len(image_folder(tmp_path, split="val")) == 2
     with pytest.raises(DataError, match=r"has train/ and val/; name one"):
         image_folder(tmp_path, split="all")
     assert len(image_folder(tmp_path / "val", split="all")) == 2
@@ -385,11 +385,46 @@ def test_a_broken_image_stops_with_its_name(changing: Path) -> None:
     (changing / "dog" / "3.png").write_bytes(b"broken")
     folder = image_folder(changing, split="all")
     for train in (True, False):
-        for skip_broken in (True, False):  # skipping is what find_broken and without do, never reading
-            config = dataclasses.replace(AUGMENTED, skip_broken=skip_broken)
-            with pytest.raises(DataError, match=r"dog/3\.png: not an image.*--skip-broken") as error:
-                list(batches(folder, config, SMALL, train=train, epochs=1, process_count=1))
-            assert str(error.value).isprintable()
+        with pytest.raises(DataError, match=r"dog/3\.png: not an image.*--skip-broken") as error:
+            list(batches(folder, AUGMENTED, SMALL, train=train, epochs=1))
+        assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_without_a_broken_image_nothing_else_moves(
+    changing: Path, known: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In training the next one takes its place, in validation nothing does; whether it is known or found on the way."""
+    config = dataclasses.replace(PLAIN, batch_size=22, skip_broken=not known)
+    whole = image_folder(changing, split="all")
+    before = [next(batches(whole, config, SMALL, train=train)) for train in (True, False)]
+    broken = [str(changing / "dog" / name) for name in ("3.png", "4.png")]
+    for file in broken:
+        Path(file).write_bytes(b"broken")
+    at = [whole.files.index(file) for file in broken]
+    folder = dataclasses.replace(whole, skipped=frozenset(at)) if known else whole
+    after = [next(batches(folder, config, SMALL, train=train)) for train in (True, False)]
+    following = whole.files.index(str(changing / "dog" / "5.png"))
+    order = np.random.default_rng([config.seed, 0, 0]).permutation(22)
+    rows = {"train": [int(np.flatnonzero(order == index)[0]) for index in at], "val": at}
+    row = int(np.flatnonzero(order == following)[0])
+    for old, new, split in zip(before, after, ("train", "val"), strict=True):
+        others = np.delete(np.arange(22), rows[split])
+        for key in ("image", "label", "weight"):
+            assert np.array_equal(old[key][others], new[key][others]), key
+    for place in rows["train"]:
+        assert np.array_equal(after[0]["image"][place], before[0]["image"][row])
+        assert after[0]["weight"][place] == 1
+    assert not after[1]["weight"][rows["val"]].any() and after[1]["weight"].sum() == 20
+    assert ("dog/3.png: not an image" in caplog.text) != known
+
+
+def test_none_of_the_images_can_be_read(changing: Path) -> None:
+    for file in changing.rglob("*.png"):
+        file.write_bytes(b"broken")
+    config = dataclasses.replace(PLAIN, skip_broken=True)
+    with pytest.raises(DataError, match="none of the 22 images can be read"):
+        next(batches(image_folder(changing, split="all"), config, SMALL, train=True))
 
 
 def test_broken_images_are_found_and_removed(changing: Path) -> None:

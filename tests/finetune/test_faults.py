@@ -7,6 +7,7 @@ resumes at 20 random moments.
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -81,10 +82,12 @@ def test_a_signal_saves_and_says_how_to_continue(
     assert wait_for(lambda: (output / "checkpoints" / "2").exists(), process)
     process.send_signal(number)
     code, out, err = finish(process)
-    assert (code, out) == (0, "")
-    assert_one_line(err, f"continue with: dpn-jax finetune {runs.images}", f"--output '{output}'", "--resume")
+    assert (code, out) == (128 + number, "")
+    advice = f"continue with: dpn-jax finetune --output '{output}' --resume"
+    assert_one_line(err, advice)
     assert not (output / "model.safetensors").exists()
-    assert_resumes(runs, output, reference)
+    assert main(shlex.split(advice.partition("dpn-jax ")[2])) == 0
+    assert contents(output) == contents(reference)
 
 
 @pytest.mark.slow
@@ -192,7 +195,29 @@ def test_an_unreadable_image_is_named(runs: Runs, tmp_path: Path, complain: Main
 def test_options_that_differ_from_the_saved_ones_are_named(runs: Runs, reference: Path, complain: Main) -> None:
     code, err = complain(runs.words(reference, "--resume", "--seed", "1", "--optimizer", "lion"))
     assert code == 2
-    assert_one_line(err, ": different optimizer, seed", '"adamw"', '"lion"')
+    assert_one_line(err, 'optimizer was "adamw", now "lion"; seed was 0, now 1')
+    code, err = complain(["finetune", "--output", str(reference), "--resume", "--epochs=3", "--learning-rate", "0.001"])
+    assert code == 2
+    assert_one_line(err, "learning_rate was 0.02, now 0.001"), "a default of the command, not of the run"
+
+
+@pytest.mark.slow
+def test_two_processes_that_resume_one_run(runs: Runs, reference: Path, tmp_path: Path, complain: Main) -> None:
+    output = tmp_path / "run"
+    process = runs.start(output)
+    assert wait_for(lambda: (output / "checkpoints" / "2").exists(), process)
+    code, err = complain(["finetune", "--output", str(output), "--resume"])
+    assert code == 2
+    assert_one_line(err, f"{output}: another process is training in it")
+    code, _, err = finish(process)
+    assert code == 0, err
+    assert contents(output) == contents(reference)
+
+
+def test_a_new_run_must_name_its_images(tmp_path: Path, complain: Main) -> None:
+    code, err = complain(["finetune", "--output", str(tmp_path / "run"), "--model", "dpn68b"])
+    assert code == 2
+    assert_one_line(err, "name the folder of images: dpn-jax finetune DATA --output RUN")
 
 
 def test_what_to_start_from_must_be_named(runs: Runs, tmp_path: Path, complain: Main) -> None:

@@ -1,5 +1,6 @@
 """The optimizer and its schedule, against hand-computed values."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from flax import nnx
 
 import dpn_jax
 from dpn_jax.finetune import FinetuneConfig, frozen_norms, learning_rate, make_optimizer
+from dpn_jax.finetune.optimizer import StepCounts
 from dpn_jax.finetune.parameters import layer_distance, path_of
 from tests.support.models import TINY, randomize
 
@@ -52,11 +54,13 @@ def updates_of(tx: optax.GradientTransformation, params: nnx.State, gradients: S
 
 @pytest.mark.parametrize("lengths", [{"steps_per_epoch": 5}, {"steps": 50}, {"steps": 50, "steps_per_epoch": 5}])
 def test_rate_has_a_linear_warmup_and_a_cosine_decay(lengths: dict[str, int]) -> None:
-    config = FinetuneConfig(epochs=10, warmup_epochs=2, learning_rate=0.2, final_learning_rate=0.02)
+    config = FinetuneConfig(
+        epochs=10, warmup_epochs=2, learning_rate=0.2, final_learning_rate=0.02, warmup_learning_rate=0.01
+    )
     schedule = learning_rate(config, **lengths)
     for update in range(60):
         turn = math.cos(math.pi * min((update - 10) / 40, 1))
-        expected = 0.2 * update / 10 if update < 10 else 0.02 + 0.18 * (1 + turn) / 2
+        expected = 0.01 + 0.19 * update / 10 if update < 10 else 0.02 + 0.18 * (1 + turn) / 2
         assert float(schedule(update)) == pytest.approx(expected, abs=1e-7), update
 
 
@@ -65,7 +69,9 @@ def test_rate_without_length_warmup_or_fall() -> None:
     no_warmup = learning_rate(FinetuneConfig(learning_rate=0.3, warmup_epochs=0), steps=10)
     assert [float(no_warmup(update)) for update in (0, 5, 10)] == pytest.approx([0.3, 0.15, 0])
     only_warmup = learning_rate(FinetuneConfig(epochs=2, learning_rate=0.3, warmup_epochs=2), steps=10)
-    assert [float(only_warmup(update)) for update in (0, 5, 10)] == pytest.approx([0, 0.15, 0.3])
+    assert [float(only_warmup(update)) for update in (0, 3, 9)] == pytest.approx([1e-5, 0.1, 0.3], abs=1e-5)
+    gentle = learning_rate(FinetuneConfig(learning_rate=1e-6), steps=20)
+    assert max(float(gentle(update)) for update in range(20)) == pytest.approx(1e-6), "the warmup is not above the peak"
     for lengths in ({"steps": 0}, {"steps_per_epoch": 0}):
         with pytest.raises(ValueError, match="must be more than 0"):
             learning_rate(FinetuneConfig(), **lengths)
@@ -138,8 +144,36 @@ def test_accumulation_averages_then_clips_then_moves(model: dpn_jax.DPN, params:
     config = FinetuneConfig(**PLAIN, accumulate=3, clip_norm=1e3)
     tx = make_optimizer(config, model, steps=4, steps_per_epoch=1)
     first = [by_name(updates)["classifier.bias"][0] for updates in updates_of(tx, params, (1.0, 2.0, 6.0) * 2)]
-    # the rate counts updates: 0 at the first, the highest at the second
-    assert first == pytest.approx([0, 0, 0, 0, 0, -RATE * 3])
+    # the rate counts updates: the warmup's at the first, the highest at the second
+    assert first == pytest.approx([0, 0, -1e-5 * 3, 0, 0, -RATE * 3], rel=1e-3)
+
+
+def test_what_is_left_over_at_the_end_of_an_epoch_is_an_update(model: dpn_jax.DPN, params: nnx.State) -> None:
+    config = FinetuneConfig(**PLAIN, accumulate=3, warmup_epochs=0, final_learning_rate=RATE)
+    tx = make_optimizer(config, model, batches_per_epoch=5)
+    gradients = (1.0, 2.0, 6.0, 1.0, 5.0)  # the mean of three, and of the two that are left
+    moved = [by_name(updates)["classifier.bias"][0] for updates in updates_of(tx, params, gradients * 2)]
+    assert moved == pytest.approx([0, 0, -RATE * 3, 0, -RATE * 3] * 2)
+    fewer = make_optimizer(dataclasses.replace(config, accumulate=16), model, batches_per_epoch=2)
+    moved = [by_name(updates)["classifier.bias"][0] for updates in updates_of(fewer, params, (1.0, 2.0) * 2)]
+    assert moved == pytest.approx([0, -RATE * 1.5] * 2)
+
+
+@pytest.mark.parametrize(("epochs", "batches", "accumulate"), [(1, 4, 4), (1, 1, 1), (1, 3, 16), (2, 2, 2)])
+def test_every_run_has_an_update_at_the_full_rate(epochs: int, batches: int, accumulate: int) -> None:
+    config = FinetuneConfig(epochs=epochs, accumulate=accumulate, learning_rate=RATE)
+    steps = StepCounts(config, batches)
+    assert steps.updates == epochs * math.ceil(batches / accumulate)
+    schedule = learning_rate(config, steps_per_epoch=steps.updates_per_epoch)
+    rates = [float(schedule(update)) for update in range(steps.updates)]
+    assert min(rates) > 0 and max(rates) == pytest.approx(RATE)
+
+
+def test_checkpoints_are_counted_in_updates() -> None:
+    steps = StepCounts(FinetuneConfig(epochs=2, checkpoint_every=2, accumulate=3), per_epoch=8)
+    assert (steps.total, steps.updates) == (16, 6)
+    assert [step for step in range(1, 17) if steps.saves(step)] == [6, 8, 11, 16]
+    assert [step for step in range(17) if steps.ends_epoch(step)] == [8, 16]
 
 
 def test_frozen_norms_follow_frozen_parameters(model: dpn_jax.DPN) -> None:

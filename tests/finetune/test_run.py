@@ -15,9 +15,18 @@ from flax import nnx
 from PIL import Image
 
 import dpn_jax
-from dpn_jax.finetune import Checkpoints, FinetuneConfig, Finetuned, RunError, finetune, initial_model, read_metrics
+from dpn_jax.finetune import (
+    Checkpoints,
+    DataError,
+    FinetuneConfig,
+    Finetuned,
+    RunError,
+    finetune,
+    initial_model,
+    multihost,
+    read_metrics,
+)
 from dpn_jax.finetune import loop as loop_module
-from dpn_jax.finetune.loop import StepCounts
 from dpn_jax.finetune.metrics import quality
 from dpn_jax.finetune.report import METRICS, Log
 from tests.support.finetune_runs import COLORS, contents, write_images, write_weights
@@ -60,8 +69,9 @@ def copy(finished: Finetuned, tmp_path: Path) -> Path:
 
 def test_a_run_learns_and_writes_its_files(finished: Finetuned) -> None:
     assert (finished.step, finished.steps) == (9, 9)
-    names = {path.name for path in finished.output.iterdir()}
-    assert names == {"config.json", "checkpoints", "metrics.jsonl", "tensorboard", "model.safetensors", "curves.png"}
+    names = {path.name for path in finished.output.iterdir() if not path.name.startswith(".")}
+    about = {"config.json", "images.json"}
+    assert names == about | {"checkpoints", "metrics.jsonl", "tensorboard", "model.safetensors", "curves.png"}
     with Image.open(finished.output / "curves.png") as curves:
         assert curves.size[0] > 600
     assert list((finished.output / "tensorboard").glob("events.out.tfevents.*"))
@@ -85,7 +95,9 @@ def test_the_record_has_everything_the_run_depends_on(finished: Finetuned) -> No
     assert record["config"]["learning_rate"] == 0.05
     assert record["class_names"] == list(COLORS)
     assert record["source"] == "tiny.safetensors"
-    assert (record["images"]["train"][0], record["images"]["val"][0]) == (24, 6)
+    assert record["start"]["source"].endswith("/tiny.safetensors")
+    images = json.loads((finished.output / "images.json").read_text())
+    assert [[len(files) for files in images[split].values()] for split in ("train", "val")] == [[8] * 3, [2] * 3]
     assert record["versions"].keys() >= {"dpn-jax", "jax", "optax"}
 
 
@@ -113,9 +125,25 @@ def test_the_newest_checkpoint_and_the_best_one_are_there(finished: Finetuned) -
 def test_resuming_what_is_finished_changes_nothing(
     finished: Finetuned, copy: Path, images: Path, weights: Path
 ) -> None:
-    again = finetune(images, copy, source=weights, resume=True)
-    assert contents(copy) == contents(finished.output)
-    assert again.best == finished.best
+    for given in ({}, {"source": weights}):
+        again = finetune(images if given else None, copy, resume=True, **given)
+        assert contents(copy) == contents(finished.output)
+        assert again.best == finished.best
+
+
+def test_a_finished_run_is_extended(finished: Finetuned, copy: Path) -> None:
+    notes: list[str] = []
+    longer = finetune(None, copy, dataclasses.replace(CONFIG, epochs=4), resume=True, note=notes.append)
+    assert (longer.step, longer.steps) == (12, 12)
+    assert "epochs was 3 and is 4 from here" in notes
+    rate = 0.05 * (1 + np.cos(np.pi * 9 / 12)) / 2
+    assert f"the learning rate follows the schedule of 4 epochs: it is {rate:.3g} here" in notes
+    rows = read_metrics(copy / METRICS)
+    assert rows[: len(rows) - 2] == read_metrics(finished.output / METRICS)
+    again = finetune(None, copy, resume=True)
+    assert (again.step, again.steps) == (12, 12), "the run now has 4 epochs"
+    with pytest.raises(RunError, match="4 epochs are done already; --epochs must be at least 4"):
+        finetune(None, copy, CONFIG, resume=True)
 
 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
@@ -152,21 +180,30 @@ def test_only_a_run_is_resumed(images: Path, weights: Path, tmp_path: Path) -> N
     assert not (tmp_path / "none").exists()
 
 
-def test_a_run_is_resumed_with_the_same_options_only(finished: Finetuned, images: Path, weights: Path) -> None:
+def test_a_run_is_resumed_with_the_same_options_only(finished: Finetuned, weights: Path) -> None:
     other = dataclasses.replace(CONFIG, learning_rate=0.1, batch_size=4)
-    with pytest.raises(
-        RunError, match=r": different batch_size, learning_rate \(batch_size was 8, now 4; learning_rate"
-    ):
-        finetune(images, finished.output, other, source=weights, resume=True)
+    with pytest.raises(RunError, match=r"other options: batch_size was 8, now 4; learning_rate was 0.05, now 0.1"):
+        finetune(None, finished.output, other, resume=True)
+    with pytest.raises(RunError, match=r'other options: source was ".*/tiny.safetensors", now "dpn68b"'):
+        finetune(None, finished.output, source="dpn68b", resume=True)
 
 
-def test_a_run_is_resumed_with_the_same_images_only(
-    finished: Finetuned, images: Path, weights: Path, tmp_path: Path
+def test_a_new_run_must_say_what_it_starts_from(images: Path, weights: Path, tmp_path: Path) -> None:
+    for folder, source in ((images, None), (None, weights)):
+        with pytest.raises(ValueError, match="a new run needs a folder of images and a source"):
+            finetune(folder, tmp_path / "run", source=source)
+
+
+def test_new_images_are_told_and_do_not_change_a_resumed_run(
+    finished: Finetuned, copy: Path, images: Path, tmp_path: Path
 ) -> None:
-    changed = shutil.copytree(images, tmp_path / "changed")
+    changed = Path(shutil.copytree(images, tmp_path / "changed"))
     shutil.copy(changed / "red" / "0.png", changed / "red" / "new.png")
-    with pytest.raises(RunError, match=r"cannot be resumed: different images"):
-        finetune(changed, finished.output, CONFIG, source=weights, resume=True)
+    shutil.rmtree(copy / "checkpoints" / "9")
+    notes: list[str] = []
+    finetune(changed, copy, resume=True, note=notes.append)
+    assert f"one image more than the run has, such as {changed / 'red' / 'new.png'}: not used" in notes
+    assert contents(copy) == contents(finished.output)
 
 
 @pytest.mark.slow
@@ -212,7 +249,7 @@ def test_a_signal_stops_where_it_can_be_resumed(
 
     monkeypatch.setattr(loop_module, "train_step", signaled)
     run = finetune(images, output, CONFIG, source=weights)
-    assert (run.weights, run.step) == (None, 4)
+    assert (run.weights, run.step, run.signal) == (None, 4, signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     monkeypatch.undo()
     validate = loop_module.validate
@@ -223,28 +260,70 @@ def test_a_signal_stops_where_it_can_be_resumed(
 
     monkeypatch.setattr(loop_module, "validate", interrupted)
     run = finetune(images, output, CONFIG, source=weights, resume=True)
-    assert (run.weights, run.step) == (None, 6)
+    assert (run.weights, run.step, run.signal) == (None, 6, signal.SIGINT)
     monkeypatch.undo()
     finetune(images, output, CONFIG, source=weights, resume=True)
     assert contents(output) == contents(finished.output)
 
 
 @pytest.mark.slow
-def test_broken_images_are_named_or_skipped_and_listed(images: Path, weights: Path, tmp_path: Path) -> None:
-    changed = shutil.copytree(images, tmp_path / "changed")
+def test_broken_images_are_found_first_or_done_without(images: Path, weights: Path, tmp_path: Path) -> None:
+    changed = Path(shutil.copytree(images, tmp_path / "changed"))
     (changed / "red" / "3.png").write_bytes(b"no image")
     config = dataclasses.replace(CONFIG, epochs=1, batch_size=4)
-    with pytest.raises(ValueError, match=r"red/3.png.*--skip-broken"):
-        finetune(changed, tmp_path / "stopped", config, source=weights)
-    config = dataclasses.replace(config, skip_broken=True)
+    with pytest.raises(DataError, match=r"1 of 30 images cannot be read, such as .*red/3.png.*--skip-broken"):
+        finetune(changed, tmp_path / "run", config, source=weights)
+    assert not (tmp_path / "run").exists()
     notes: list[str] = []
+    config = dataclasses.replace(config, skip_broken=True)
     run = finetune(changed, tmp_path / "run", config, source=weights, note=notes.append)
     assert any(note.startswith("1 images cannot be read") for note in notes)
-    assert json.loads((run.output / "config.json").read_text())["images"]["broken"].keys() == {"red/3.png"}
-    (changed / "red" / "3.png").write_bytes(
-        (changed / "red" / "4.png").read_bytes()
-    )  # repaired meanwhile: still skipped
-    finetune(changed, run.output, config, source=weights, resume=True)
+    assert json.loads((run.output / "images.json").read_text())["broken"].keys() == {"red/3.png"}
+    (changed / "red" / "3.png").write_bytes((changed / "red" / "4.png").read_bytes())  # repaired: still not used
+    finetune(None, run.output, resume=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("follow", ["repair", "remove", "skip"])
+def test_what_the_message_about_a_broken_image_advises_works(
+    images: Path, weights: Path, tmp_path: Path, follow: str
+) -> None:
+    changed = Path(shutil.copytree(images, tmp_path / "changed"))
+    config = dataclasses.replace(CONFIG, epochs=2, skip_check=True)
+    broken, whole = changed / "red" / "3.png", (changed / "red" / "3.png").read_bytes()
+    broken.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"red/3.png: .*repair or remove it and continue with --resume, or .*--skip-b"):
+        finetune(changed, tmp_path / "run", config, source=weights)
+    match follow:
+        case "repair":
+            broken.write_bytes(whole)
+        case "remove":
+            broken.unlink()
+        case "skip":
+            config = dataclasses.replace(config, skip_broken=True)
+    notes: list[str] = []
+    run = finetune(None, tmp_path / "run", config, resume=True, note=notes.append)
+    assert run.step == run.steps == 6
+    assert any("one training image fewer" in note for note in notes) == (follow == "remove")
+
+
+@pytest.mark.parametrize("what", ["run.opened", "loop.Checkpoints", "loop.Log", "report.Log.write", "run.plot_curves"])
+def test_every_process_hears_that_the_first_has_failed(copy: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Or the others would wait for it forever."""
+    told: list[object] = []
+
+    def broadcast(value: object, *, source: int = 0) -> object:
+        told.append(value)
+        return value
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(multihost, "broadcast", broadcast)
+    monkeypatch.setattr(f"dpn_jax.finetune.{what}", fail)
+    with pytest.raises((RunError, OSError), match="No space left on device"):
+        finetune(None, copy, resume=True, progress=False)
+    assert told[-1] == {"error": "[Errno 28] No space left on device"}
 
 
 def test_initial_model_keeps_the_classifier_of_the_same_classes_only(finished: Finetuned, weights: Path) -> None:
@@ -268,12 +347,6 @@ def test_initial_model_has_random_weights_for_an_architecture_and_says_so() -> N
         assert np.array_equal(ours, theirs)
     assert "random weights" in notes[0]
     assert model.provenance.preprocessing.image_size == 48
-
-
-def test_checkpoints_are_counted_in_updates() -> None:
-    steps = StepCounts.of(FinetuneConfig(epochs=3, checkpoint_every=5, accumulate=2), per_epoch=100)
-    assert (steps.total, steps.save_every, steps.log_every) == (300, 10, 50)
-    assert [steps.ends_epoch(step) for step in (0, 99, 100, 101)] == [False, False, True, False]
 
 
 def test_log_is_cut_back_to_where_a_run_resumes(tmp_path: Path) -> None:

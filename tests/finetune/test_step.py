@@ -32,6 +32,7 @@ from dpn_jax.finetune import (
     train_step,
 )
 from dpn_jax.finetune import step as step_module
+from dpn_jax.finetune.optimizer import learning_rate_of
 from dpn_jax.finetune.parameters import path_of
 from dpn_jax.images.transform import Transform
 from tests.support import data_parallel, models
@@ -147,7 +148,7 @@ def test_one_program_for_all_steps(
     for _ in range(4):
         state, metrics = train_step(state, batch())
         losses.append(float(metrics["loss"]))
-    # nothing moves before the first update is done, whose rate is 0: what differs is drawn anew for each step
+    # what is drawn anew for each step differs, and from the third on the parameters
     assert len(set(losses)) == 4
 
     again = begin(FULL)
@@ -159,14 +160,17 @@ def test_one_program_for_all_steps(
 
 
 @pytest.mark.slow
-def test_moving_average_is_numpys(begin: Callable[[FinetuneConfig], TrainState]) -> None:
-    state = begin(FULL)
+@pytest.mark.parametrize("warmup", [True, False])
+def test_moving_average_is_numpys(begin: Callable[[FinetuneConfig], TrainState], warmup: bool) -> None:
+    state = begin(dataclasses.replace(FULL, ema_warmup=warmup))
+    decays = iter((0.0, 1 - 2 ** (-2 / 3) if warmup else 0.8))  # of each update, as timm.utils.ModelEmaV3
     expected = [arrays(tree) for tree in state.weights()]
     for number in range(1, 5):
         state, _ = train_step(state, batch(seed=number))
+        decay = next(decays) if number % 2 == 0 else 1.0
         for average, now in zip(expected, map(arrays, state.weights()), strict=True):
             for name in average if number % 2 == 0 else ():
-                moved = 0.8 * average[name].astype(np.float64) + 0.2 * now[name]
+                moved = decay * average[name].astype(np.float64) + (1 - decay) * now[name]
                 average[name] = now[name] if name.endswith("steps") else moved
     for average, got in zip(expected, map(arrays, state.weights(ema=True)), strict=True):
         for name, value in got.items():
@@ -279,7 +283,7 @@ def test_misfits_are_named(model: dpn_jax.DPN) -> None:
             start(dpn_jax.DPN(TINY.replace(**change), rngs=None))
     with pytest.raises(ValueError, match="preprocessing has 1 channels and the model 3"):
         TrainState.create(model, optax.sgd(0.1), config, preprocessing=dpn_jax.Preprocessing(mean=(0.5,), std=(0.5,)))
-    assert math.isnan(step_module._learning_rate(state.optimizer))
+    assert math.isnan(learning_rate_of(state.optimizer))
 
 
 @pytest.mark.parametrize("alphas", [(0.4, 0.0), (0.0, 1.0), (0.4, 1.0)])

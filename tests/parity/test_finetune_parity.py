@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -17,6 +18,7 @@ import dpn_jax
 from dpn_jax.checkpoint.names import name_table, to_flax
 from dpn_jax.finetune import FinetuneConfig, TrainState, make_optimizer, train_step
 from dpn_jax.finetune.parameters import decayed, layer_distance, path_of
+from dpn_jax.finetune.step import _average
 from tests.support.timm_models import nchw, random_images, randomize, randomized, save_timm, timm_dpn
 
 BOUND = 1e-6
@@ -100,3 +102,18 @@ def test_groups_are_timms(timm: ModuleType) -> None:
     assert ours == {name: pytest.approx(group["lr_scale"]) for name, group in members}
     assert decays == {name: group["weight_decay"] > 0 for name, group in members}
     assert len(set(ours.values())) == sum(config.depths) + 2
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_the_moving_average_is_timms(warmup: bool, timm: ModuleType) -> None:
+    theirs = torch.nn.Linear(3, 2, bias=False).double()
+    average = timm.utils.ModelEmaV3(theirs, decay=0.7, use_warmup=warmup)
+    config = FinetuneConfig(ema_decay=0.7, ema_warmup=warmup)
+    ours = theirs.weight.detach().numpy().copy()
+    for update in range(1, 20):
+        with torch.no_grad():
+            theirs.weight += torch.from_numpy(np.random.default_rng(update).normal(size=(2, 3)))
+        average.update(theirs, step=update)
+        now = theirs.weight.detach().numpy()
+        ours = _average(jnp.asarray(ours), jnp.asarray(now), config, jnp.int32(update), jnp.bool_(True))
+        np.testing.assert_allclose(ours, average.module.weight.detach().numpy(), rtol=1e-12)

@@ -1,0 +1,205 @@
+"""What a run starts from, new or resumed: its record, its images and its model."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dpn_jax.checkpoint.load import from_pretrained
+from dpn_jax.config import VARIANTS, DPNConfig, variant_of
+from dpn_jax.errors import DataError, shown
+from dpn_jax.finetune.config import FinetuneConfig
+from dpn_jax.finetune.data import find_broken
+from dpn_jax.finetune.loop import CHECKPOINTS
+from dpn_jax.finetune.multihost import gather, on_first
+from dpn_jax.finetune.record import (
+    IMAGES,
+    Record,
+    config_from_json,
+    find_images,
+    read_images,
+    read_record,
+    write_images,
+    write_record,
+)
+from dpn_jax.images.splits import ImageFolder, image_folders
+from dpn_jax.model import DPN, create_model
+from dpn_jax.pretrained import PRETRAINED, Preprocessing, Provenance, default_preprocessing
+
+logger = logging.getLogger("dpn_jax")
+
+
+class Images(NamedTuple):
+    """The images of a run, by split."""
+
+    train: ImageFolder
+    val: ImageFolder
+
+
+class Given(NamedTuple):
+    """What a run starts from, as the user gives it."""
+
+    folder: str | Path | None
+    source: str | Path | DPNConfig | None
+    model: str | None
+    revision: str | None
+
+    @property
+    def start(self) -> dict[str, str | None]:
+        """What the record says of it; an architecture has a place of its own there."""
+        source = str(self.source.absolute()) if isinstance(self.source, Path) else self.source
+        return {
+            "source": source if isinstance(source, str) else None,
+            "model": self.model,
+            "revision": self.revision,
+        }
+
+
+class Start(NamedTuple):
+    """What a run starts from, as it is used."""
+
+    record: Record
+    images: Images
+    model: DPN
+    broken: Mapping[str, str] = MappingProxyType({})
+    """The reason for each file that is left out of a new run because it cannot be read."""
+
+    def write(self, output: Path) -> None:
+        """Writes the record and the images of a new run.
+
+        Raises:
+          RunError: they cannot be written.
+        """
+        write_images(output, Path(self.record.folder), self.images._asdict(), self.broken)
+        write_record(output, self.record)
+
+
+def new(output: Path, config: FinetuneConfig | None, given: Given, say: Callable[[str], None]) -> Start:
+    """A new run; nothing is written yet.
+
+    Raises:
+      DataError: the images cannot be trained on.
+      CheckpointError, ValueError: the model cannot be loaded.
+    """
+    config = config or FinetuneConfig()
+    root = Path(given.folder)
+    images = Images(*image_folders(root, val_fraction=config.val_fraction, seed=config.seed))
+    names = images.train.class_names
+    start = initial_model(given.source, config, names, model=given.model, revision=given.revision, note=say)
+    broken = {} if config.skip_check else _find_broken(images, config, start.provenance.preprocessing)
+    if broken and not config.skip_broken:
+        raise DataError(
+            f"{shown(root)}: {len(broken)} of {sum(map(len, images))} images cannot be read, such as "
+            f"{next(iter(broken.values()))}; repair or remove them, or do without them with --skip-broken"
+        )
+    if broken:
+        images = Images(*(split.without(broken) for split in images))
+        for why in broken.values():
+            say(f"skipped: {why}")
+        say(f"{len(broken)} images cannot be read and are skipped; {output / IMAGES} lists them")
+    record = Record(
+        config=config,
+        folder=str(root.absolute()),
+        start=given.start,
+        source=start.provenance.source,
+        architecture=start.config,
+        preprocessing=start.provenance.preprocessing,
+        class_names=names,
+    )
+    return Start(record, images, start, broken)
+
+
+def resumed(output: Path, config: FinetuneConfig | None, given: Given, say: Callable[[str], None]) -> Start:
+    """A run that is resumed, with the options from here on, and a model to restore a checkpoint into.
+
+    Raises:
+      RunError: there is no such run, or what is asked for would change its result.
+    """
+    saved = Record.from_json(output, on_first(lambda: read_record(output)))
+    # process 0's options count for all: perhaps only it sees the run's folder
+    config = config_from_json(on_first(lambda: dataclasses.asdict(saved.continued(output, config, given.start, say))))
+    root = Path(given.folder or saved.folder).absolute()
+    now = image_folders(root, val_fraction=config.val_fraction, seed=config.seed)
+    present = {file for split in now for file in split.files}
+    images = Images(**find_images(on_first(lambda: read_images(output)), root, present, say))
+    has_checkpoint = on_first(lambda: any(path.name.isdigit() for path in (output / CHECKPOINTS).glob("*")))
+    # without a checkpoint it starts anew, from the same weights
+    source = saved.architecture if has_checkpoint else given.source or saved.start["source"] or saved.architecture
+    start = initial_model(
+        source,
+        config,
+        saved.class_names,
+        model=saved.start["model"],
+        revision=saved.start["revision"],
+        note=logger.debug,
+    )
+    start.provenance = Provenance(saved.source, None, saved.preprocessing, saved.class_names)
+    return Start(dataclasses.replace(saved, config=config, folder=str(root)), images, start)
+
+
+def initial_model(
+    source: str | Path | DPNConfig,
+    config: FinetuneConfig,
+    class_names: tuple[str, ...],
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    note: Callable[[str], None],
+) -> DPN:
+    """The model that a run starts from, with pretrained or random weights.
+
+    Args:
+      source: a tag, hub id or file of weights, as for `from_pretrained`; or a variant ('dpn68b') or an architecture for
+        random weights, initialized from `config.seed`.
+      config: the options; `dtype`, `remat`, `seed` and `image_size` are used.
+      class_names: the classes. Weights of exactly these classes keep their classifier, others get a new one.
+      model, revision: as for `from_pretrained`.
+      note: called with a line about the weights.
+
+    Returns:
+      The model; its provenance has the class names and the preprocessing.
+
+    Raises:
+      CheckpointError, ValueError: as `from_pretrained`.
+    """
+    options = {"dtype": jnp.dtype(config.dtype), "remat": config.remat}
+    rngs = nnx.Rngs(config.seed)
+    if isinstance(source, DPNConfig) or (isinstance(source, str) and source in VARIANTS):
+        built = create_model(source, num_classes=len(class_names), rngs=rngs, **options)
+        name = source if isinstance(source, str) else variant_of(source) or "a DPN"
+        note(f"{name} starts from random weights (seed {config.seed})")
+    else:
+        built = from_pretrained(source, model=model, revision=revision, rngs=rngs, **options)
+        name = built.provenance.source or Path(source).name
+        if built.config.num_classes == len(class_names) and built.provenance.class_names == class_names:
+            note(f"{name} has these {len(class_names)} classes: its classifier is kept")
+        else:
+            built.reset_classifier(len(class_names), rngs=rngs)
+            note(f"{name} gets a new classifier for {len(class_names)} classes")
+    tag = PRETRAINED.get((model or "").removeprefix("timm/"))
+    preprocessing = tag.preprocessing if tag else built.provenance.preprocessing or default_preprocessing(built.config)
+    if config.image_size is not None:
+        preprocessing = dataclasses.replace(preprocessing, image_size=config.image_size)
+    # neither hash nor file, which describe the initial weights only
+    built.provenance = Provenance(source=name, preprocessing=preprocessing, class_names=class_names)
+    return built
+
+
+def _find_broken(images: Images, config: FinetuneConfig, preprocessing: Preprocessing) -> dict[str, str]:
+    """The reason for each file that cannot be read; each process reads a part of the files."""
+    found: dict[str, str] = {}
+    for split in images:
+        mine = dataclasses.replace(
+            split,
+            files=split.files[jax.process_index() :: jax.process_count()],
+            labels=split.labels[jax.process_index() :: jax.process_count()],
+        )
+        for part in gather(find_broken(mine, config, preprocessing)):
+            found |= part
+    return found
