@@ -35,6 +35,8 @@ class Classify(ClassifierOptions):
         self.check()
         if not self.images:
             raise ValueError("name at least one photo or folder")
+        if "" in self.images:  # such as from a shell variable that is not set; to Path it would be the current folder
+            raise ValueError("the name of a photo or folder is empty")
         found = list(self._found())
         paths = [path for path in found if not isinstance(path, ImageError)]
         failures = [path for path in found if isinstance(path, ImageError)]

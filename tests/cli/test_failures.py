@@ -107,6 +107,7 @@ def test_a_backend_that_is_not_there(tmp_path: Path) -> None:
         (["clasify", "x.jpg"], "Unrecognized options: clasify, x.jpg; Available subcommands: classify, "),
         (["classify", "x.jpg", "--top-q", "5"], "Unrecognized options: --top-q, 5; Perhaps you meant: --top-k K "),
         (["classify", "x.jpg", "--top-k"], "Missing value for argument '--top-k'"),
+        (["classify", "x.jpg", ""], "the name of a photo or folder is empty"),
         (["models", "--format", "xml"], "invalid choice 'xml' for argument '--format'"),
         (["finetune", "x", "--output", "run", "--epochs", "0"], "epochs must be an integer of at least 1, got 0"),
         (["finetune", "x", "--output", "run", "--lr=0.1"], "timm's --lr is --learning-rate here; Unrecognized options"),
