@@ -97,6 +97,8 @@ def check_record(output: Path, record: Record) -> None:
       RunError: they differ; the message names each difference with both values.
     """
     saved, given = read_record(output), record.as_json()
+    if isinstance(saved.get("preprocessing"), dict):  # of an older version, without what is newer
+        saved["preprocessing"] = dataclasses.asdict(Preprocessing()) | saved["preprocessing"]
     # other options can select other images, so they are reported first
     defaults = json.loads(json.dumps(dataclasses.asdict(FinetuneConfig())))  # of options newer than the run
     for old, new in ((defaults | (saved.get("config") or {}), given.pop("config")), (saved, given)):
