@@ -51,7 +51,7 @@ class Preprocessing:
         if isinstance(size, list | tuple) and len(size) == 2:  # a list, as JSON has it
             size = size[0] if size[0] == size[1] else tuple(size)
             object.__setattr__(self, "image_size", size)
-        sides = size if isinstance(size, tuple) else (size,)
+        sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
         if not all(is_int(side) and side >= 32 for side in sides):
             raise ValueError(
                 f"image_size must be an integer of at least 32 pixels, or two (height, width), got {self.image_size!r}"

@@ -11,12 +11,12 @@ import pytest
 import safetensors.numpy
 
 import dpn_jax
-from dpn_jax import CheckpointError
+from dpn_jax import DPN, CheckpointError, Preprocessing
 from dpn_jax.checkpoint.names import name_table
 from dpn_jax.checkpoint.save import convert
-from dpn_jax.pretrained import get_config
+from dpn_jax.pretrained import Provenance, get_config
 from tests.support.damaged_files import attempt, forge, mutations, refused
-from tests.support.models import TINY, assert_timms_weights, values
+from tests.support.models import TINY, assert_timms_weights, randomize, values
 
 State = dict[str, np.ndarray]
 
@@ -274,14 +274,18 @@ def changed(metadata: dict[str, str], key: str, field: str, value: object) -> di
         ("config", "drop_rate", None),
         ("config", "global_pool", []),
         ("config", "outer_activation", "tanh"),
+        ("config", "split_expand", "no"),
         ("config", "newer_field", 1),
         ("provenance", "source", ["a"]),
         ("provenance", "sha256", {"a": 1}),
         ("provenance", "class_names", 5),
         ("provenance", "class_names", [["a"]]),
+        ("provenance", "class_names", "abcde"),
         ("provenance", "preprocessing", 5),
         ("provenance", "preprocessing", {"mean": [10**400] * 3}),
         ("provenance", "preprocessing", {"newer_field": 1}),
+        ("provenance", "preprocessing", {"crop_mode": "middle"}),
+        ("provenance", "preprocessing", {"image_size": [64, 64, 64]}),
     ],
 )
 def test_damaged_metadata(key: str, field: str, value: object, tiny_file: Path, tmp_path: Path) -> None:
@@ -325,16 +329,22 @@ def test_mutated_safetensors(layout: str, tiny_file: Path, tmp_path: Path) -> No
     assert 0 < sum(loaded) < len(loaded)
 
 
-def test_mutated_metadata(tiny_file: Path, tmp_path: Path) -> None:
-    convert(tiny_file, tmp_path / "flax.safetensors")
-    with safetensors.safe_open(tmp_path / "flax.safetensors", framework="numpy") as file:
+@pytest.mark.parametrize("layout", ["timm", "flax"])
+def test_mutated_metadata(layout: str, tmp_path: Path) -> None:
+    model = randomize(DPN(TINY, rngs=None))
+    model.provenance = Provenance("mine", None, Preprocessing(crop_mode="squash"), tuple("abcde"))
+    path = tmp_path / "a.safetensors"
+    dpn_jax.save(model, path)
+    if layout == "timm":
+        convert(path, path := tmp_path / "b.safetensors")
+    with safetensors.safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
-    tensors = safetensors.numpy.load_file(tmp_path / "flax.safetensors")
+    tensors = safetensors.numpy.load_file(path)
     loaded = []
-    for key in ("config", "provenance"):
+    for key in ("config", "provenance") if layout == "flax" else ("dpn_jax",):
         content = metadata[key].encode()
         for mutated in mutations(content, len(content), 100, seed=2):
             text = mutated.decode(errors="replace")
-            safetensors.numpy.save_file(tensors, tmp_path / "a.safetensors", metadata=metadata | {key: text})
-            loaded.append(attempt(tmp_path / "a.safetensors"))
+            safetensors.numpy.save_file(tensors, path, metadata=metadata | {key: text})
+            loaded.append(attempt(path))
     assert 0 < sum(loaded) < len(loaded)

@@ -342,7 +342,8 @@ def test_without_torch_the_message_says_what_to_install(
 @pytest.mark.parametrize("legacy", [False, True])
 def test_mutated_pth(legacy: bool, state: State, tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
-    torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=not legacy)
+    beside = {"args": argparse.Namespace(scale=np.float64(1)), "random": np.random.RandomState(0).get_state()}
+    torch.save(beside | {"state_dict": state}, path, _use_new_zipfile_serialization=not legacy)
     content = path.read_bytes()
     loaded = []
     for mutated in [content, *mutations(content, 16_000, 200, seed=4)]:

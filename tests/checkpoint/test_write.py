@@ -370,6 +370,7 @@ def test_a_provenance_that_could_not_be_read_back(changes: dict[str, object], ti
 
 # What is kept in timm's layout
 
+
 def metadata(path: Path) -> dict[str, str]:
     with safetensors.safe_open(path, framework="numpy") as file:
         return file.metadata()
