@@ -13,7 +13,7 @@ from flax import nnx
 
 from dpn_jax.blocks import DualPath, DualPathBlock, Stem, join_paths
 from dpn_jax.config import DPNConfig
-from dpn_jax.layers import Conv, NormAct, check_dtype, check_rngs, global_pool, initialized_together, window_average
+from dpn_jax.layers import Conv, NormAct, check_arguments, global_pool, initialized_together, window_average
 from dpn_jax.operations import PLAIN, Operations
 from dpn_jax.pretrained import Provenance, get_config
 
@@ -62,9 +62,7 @@ class DPN(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs | None,
     ) -> None:
-        check_dtype("dtype", dtype)
-        check_dtype("param_dtype", param_dtype)
-        check_rngs(rngs)
+        check_arguments(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         _check_class("block", block)
         _check_class("norm", norm)
         options = {"operations": operations, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 
 from dpn_jax.checkpoint.names import Shape
-from dpn_jax.errors import CheckpointError, reason
+from dpn_jax.errors import CheckpointError, reason, shown
 
 # safetensors' names, in the order in which its own writer sorts tensors (widest first, so that all are aligned)
 DTYPES: dict[np.dtype, str] = {
@@ -80,7 +80,7 @@ def read_safetensors(path: Path) -> TensorFile:
         header.pop("__metadata__", None)
         tensors = {name: _lazy_mapped(mapped, start, **fields) for name, fields in header.items()}
     except (safetensors.SafetensorError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({reason(error)})") from error
+        raise CheckpointError(f"{shown(path)}: not a readable safetensors file ({reason(error)})") from error
     return TensorFile(path, tensors, metadata or {}, ())
 
 

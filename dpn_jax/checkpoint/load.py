@@ -14,7 +14,7 @@ from dpn_jax.checkpoint.names import list_differences, name_table
 from dpn_jax.checkpoint.open import Checkpoint, open_checkpoint
 from dpn_jax.config import DPNConfig
 from dpn_jax.errors import CheckpointError, shown
-from dpn_jax.layers import check_dtype, check_rngs
+from dpn_jax.layers import check_arguments
 from dpn_jax.model import DPN
 from dpn_jax.stock import abstract_model, changes
 
@@ -58,9 +58,7 @@ def from_pretrained(
 
     Source: `timm.create_model(pretrained=True)`, `timm.models._builder.load_pretrained`.
     """
-    check_dtype("dtype", dtype)
-    check_dtype("param_dtype", param_dtype)
-    check_rngs(rngs)
+    check_arguments(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
     checkpoint = open_checkpoint(source, model=model, revision=revision)
     checkpoint.require_stock()
     rngs = nnx.Rngs(0) if rngs is None else rngs
@@ -213,7 +211,7 @@ def _check_instance(checkpoint: Checkpoint, model: nnx.Module, values: Mapping[s
     if missing or unknown or misshaped or changed:
         listed = {"missing": missing, "unknown": unknown, "misshaped": sorted(misshaped), "changed": changed}
         raise CheckpointError(
-            f"{checkpoint.path}: does not fit the model: {list_differences(listed)}",
+            f"{shown(checkpoint.path)}: does not fit the model: {list_differences(listed)}",
             missing=missing,
             unknown=unknown,
             misshaped=tuple(sorted(misshaped)),

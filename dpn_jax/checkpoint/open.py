@@ -57,10 +57,10 @@ class Checkpoint:
           CheckpointError: the model was changed; one line that names the first changed module and what to do.
         """
         if self.changes:
-            path, change = next(iter(self.changes.items()))
+            path, change = map(shown, next(iter(self.changes.items())))
             more = f" and {len(self.changes) - 1} more changes" if len(self.changes) > 1 else ""
             raise CheckpointError(
-                f"{self.path}: a changed model's file ({shown(path or 'the model')} {shown(change)}{more}); {reason}"
+                f"{shown(self.path)}: a changed model's file ({path or 'the model'} {change}{more}); {reason}"
                 "restore it into a model changed in the same way with load(path, into=model)"
             )
 
@@ -76,7 +76,8 @@ class Checkpoint:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != promised:
             raise CheckpointError(
-                f"{self.path}: SHA-256 is not the hub's, the download is damaged; delete {self.path.resolve()}"
+                f"{shown(self.path)}: SHA-256 is not the hub's, the download is damaged; "
+                f"delete {shown(self.path.resolve())}"
             )
 
     def read(
@@ -107,7 +108,7 @@ class Checkpoint:
             more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
             details = "".join(f"\n  {problem}" for problem in problems)
             advice = "--allow-nonfinite (allow_nonfinite=True) accepts it"
-            raise CheckpointError(f"{self.path}: {problems[0]}{more}; {advice}{details}")
+            raise CheckpointError(f"{shown(self.path)}: {problems[0]}{more}; {advice}{details}")
 
     def read_all(self, dtypes: Mapping[str, np.dtype], *, allow_nonfinite: bool) -> dict[str, np.ndarray]:
         """As `read`, all in memory, while a second thread verifies the download."""
@@ -136,7 +137,7 @@ def open_checkpoint(
     located = locate(source, revision=revision)
     file = read_tensors(located.weights)
     for note in file.notes:
-        logger.warning("%s: %s", file.path.name, note)
+        logger.warning("%s: %s", shown(file.path.name), note)
     from_timm = is_timm(file.tensors)
     try:
         if file.metadata.get("format") == FORMAT and not from_timm:
@@ -154,7 +155,7 @@ def open_checkpoint(
             check_dtypes(file.tensors)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{file.path}: {error}", missing=error.missing, unknown=error.unknown, misshaped=error.misshaped
+            f"{shown(file.path)}: {error}", missing=error.missing, unknown=error.unknown, misshaped=error.misshaped
         ) from None
     tensors = _translate(file.tensors, config) if from_timm else file.tensors
     return Checkpoint(file.path, tensors, config, provenance, from_timm, changed)

@@ -93,10 +93,10 @@ def read_tensors(path: Path) -> TensorFile:
     """
     try:
         if not path.is_file():
-            raise CheckpointError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
+            raise CheckpointError(f"{shown(path)}: {'is not a file' if path.exists() else 'no such file'}")
         if path.suffix == ".json":
             raise CheckpointError(
-                f"{path}: holds no weights, and sharded checkpoints (.index.json) are not supported; "
+                f"{shown(path)}: holds no weights, and sharded checkpoints (.index.json) are not supported; "
                 "pass all weights as one .safetensors or .pth file"
             )
         with path.open("rb") as file:
@@ -105,7 +105,7 @@ def read_tensors(path: Path) -> TensorFile:
         is_pickle = start.startswith((b"\x80", b"PK")) and not start.endswith(b"{")
         return _strip_prefix(_read_torch(path) if is_pickle else read_safetensors(path))
     except OSError as error:
-        raise CheckpointError(f"{path}: {reason(error)}") from error
+        raise CheckpointError(f"{shown(path)}: {reason(error)}") from error
 
 
 def _strip_prefix(file: TensorFile) -> TensorFile:
@@ -140,7 +140,7 @@ def _read_torch(path: Path) -> TensorFile:
     try:
         torch = importlib.import_module("torch")  # only here, only when asked for
     except ImportError as error:
-        raise CheckpointError(f'{path}: PyTorch files need torch; pip install "dpn-jax[convert]"') from error
+        raise CheckpointError(f'{shown(path)}: PyTorch files need torch; pip install "dpn-jax[convert]"') from error
     try:
         content, notes = _load(torch, path), []
         for _ in range(2):  # a pickle can contain itself
@@ -150,14 +150,14 @@ def _read_torch(path: Path) -> TensorFile:
             content = content[key]
             notes.append(f"took the tensors under {key!r}")
         if not isinstance(content, Mapping):
-            raise CheckpointError(f"{path}: holds {type(content).__name__}, not tensors by name")
+            raise CheckpointError(f"{shown(path)}: holds {type(content).__name__}, not tensors by name")
         if strange := [name for name, value in content.items() if not isinstance(value, torch.Tensor)]:
-            raise CheckpointError(f"{path}: {strange[0]!r} is not a tensor")
+            raise CheckpointError(f"{shown(path)}: {str(strange[0])[:200]!r} is not a tensor")
         tensors = {str(name): _lazy_tensor(path, str(name), value) for name, value in content.items()}
     except CheckpointError:
         raise
     except Exception as error:  # torch's readers raise whatever a damaged file makes them stumble over
-        raise CheckpointError(f"{path}: not a readable PyTorch file ({reason(error)})") from error
+        raise CheckpointError(f"{shown(path)}: not a readable PyTorch file ({reason(error)})") from error
     return TensorFile(path, tensors, {}, tuple(notes))
 
 
@@ -171,12 +171,12 @@ def _load(torch: ModuleType, path: Path) -> object:
         # torch's text has a page of advice, in bold, around the name
         if found := re.search(r"GLOBAL (.+?) (?:was not an allowed global|whose module)", str(error)):
             raise CheckpointError(
-                f"{path}: refused: {shown(found[1][:200])} is in it, and reading that could run code; where the file "
-                "was written, save the tensors alone: torch.save(model.state_dict(), 'weights.pth')"
+                f"{shown(path)}: refused: {shown(found[1][:200])} is in it, and reading that could run code; where the "
+                "file was written, save the tensors alone: torch.save(model.state_dict(), 'weights.pth')"
             ) from error
         why = str(error).rpartition("WeightsUnpickler error:")[2].partition("Check the documentation")[0]
         raise CheckpointError(
-            f"{path}: refused: more than tensors in it, or damaged ({reason(ValueError(why))})"
+            f"{shown(path)}: refused: more than tensors in it, or damaged ({reason(ValueError(why))})"
         ) from error
 
 
@@ -184,7 +184,9 @@ def _lazy_tensor(path: Path, name: str, tensor: object) -> LazyTensor:
     code = str(tensor.dtype).removeprefix("torch.")
     dtypes = {dtype.name: dtype for dtype in DTYPES}
     if code not in dtypes:
-        raise CheckpointError(f"{path}: {name} has dtype {code}; expected one of {', '.join(dtypes)}")
+        raise CheckpointError(
+            f"{shown(path)}: {shown(name[:200])} has dtype {code}; expected one of {', '.join(dtypes)}"
+        )
     tensor = tensor.detach()
     if code == "bfloat16":  # numpy() does not know it: hand over the bits
         array = tensor.view(importlib.import_module("torch").int16).numpy().view(ml_dtypes.bfloat16)

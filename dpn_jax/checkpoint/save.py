@@ -17,8 +17,8 @@ from dpn_jax.checkpoint.names import Entry, infer_config, name_table, to_timm
 from dpn_jax.checkpoint.open import Checkpoint, cast, check_dtypes, open_checkpoint, read_metadata
 from dpn_jax.checkpoint.write import writable_path, write_tensors
 from dpn_jax.config import DPNConfig
-from dpn_jax.errors import CheckpointError, reason
-from dpn_jax.layers import check_dtype
+from dpn_jax.errors import CheckpointError, reason, shown
+from dpn_jax.layers import check_arguments
 from dpn_jax.pretrained import Provenance
 from dpn_jax.stock import changes
 
@@ -93,14 +93,14 @@ def convert(
     """
     path = writable_path(destination, overwrite=overwrite)
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: the name must end in .safetensors, which timm and dpn_jax both read")
+        raise ValueError(f"{shown(path)}: the name must end in .safetensors, which timm and dpn_jax both read")
     if dtype is not None:
-        check_dtype("dtype", dtype)
+        check_arguments(rngs=None, dtype=dtype)
     checkpoint = open_checkpoint(source, model=model, revision=revision)
     to = to or ("flax" if checkpoint.is_timm else "timm")
     checkpoint.require_stock("timm has no such layer; " if to == "timm" else "")
     if path.exists() and checkpoint.path.samefile(path):
-        raise CheckpointError(f"{path}: is the source itself; name another file")
+        raise CheckpointError(f"{shown(path)}: is the source itself; name another file")
     checkpoint.verify_download()
     entries = {entry.flax: entry for entry in name_table(checkpoint.config) if entry.flax in checkpoint.tensors}
     dtypes = {

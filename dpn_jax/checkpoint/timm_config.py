@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpn_jax.config import VARIANTS, is_int
-from dpn_jax.errors import CheckpointError, reason
+from dpn_jax.errors import CheckpointError, reason, shown
 from dpn_jax.pretrained import Preprocessing
 
 _MAX_CLASSES = 1_000_000
@@ -74,7 +74,7 @@ def read_timm_config(path: Path) -> Described:
             changes,
         )
     except (OSError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not the config.json of a timm DPN ({reason(error)})") from error
+        raise CheckpointError(f"{shown(path)}: not the config.json of a timm DPN ({reason(error)})") from error
 
 
 def _get(fields: Mapping[str, Any], name: str, kind: type | tuple[type, ...], default: Any) -> Any:

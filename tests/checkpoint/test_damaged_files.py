@@ -172,6 +172,17 @@ def test_a_file_of_another_variant(tmp_path: Path) -> None:
     assert dpn_jax.load(path, model="dpn68b").config == get_config("dpn68b")
 
 
+@pytest.mark.parametrize("name", ["evil\x1b[31m", "new\nline", "nul\0", "x" * 5000])
+def test_names_of_tensors_are_shown_on_one_line(name: str, state: State, tmp_path: Path) -> None:
+    safetensors.numpy.save_file(state | {name: np.zeros(2, np.float32)}, tmp_path / "new\nline.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        dpn_jax.load(tmp_path / "new\nline.safetensors", model=TINY)
+    line = str(caught.value).split("\n")[0]
+    assert line.isprintable()
+    assert len(line) < 500
+    assert caught.value.unknown == (name,)
+
+
 # Values
 
 
