@@ -102,6 +102,14 @@ def tiny_timm_file(
 
 
 @pytest.fixture(scope="session")
+def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small DPN's random weights in timm's layout, made without torch; do not change the file."""
+    from tests.support import models  # not before JAX is configured, above
+
+    return models.save_timms_layout(models.TINY, tmp_path_factory.mktemp("tiny") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
 def dpn92_file(timm_models: ModuleType, timm: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """timm's untrained DPN-92; do not change the file."""
     return timm_models.save_timm(timm.create_model("dpn92"), tmp_path_factory.mktemp("dpn92") / "dpn92.safetensors")

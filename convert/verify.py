@@ -136,7 +136,7 @@ def main(
         transform = Transform(settings)
         images = np.stack([transform(photo) for photo in photos])
     else:
-        shape = (2, settings.image_size, settings.image_size, opened.config.in_channels)
+        shape = (2, settings.height, settings.width, opened.config.in_channels)
         images = np.random.default_rng(seed).normal(size=shape)
     print(f"{checkpoint}: {variant_of(opened.config) or 'custom DPN'}, images {list(images.shape)}")
 

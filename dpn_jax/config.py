@@ -104,6 +104,8 @@ class DPNConfig:
             value = getattr(self, name)
             if not is_int(value) or value < 0:
                 raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+        if not isinstance(self.split_expand, bool):
+            raise ValueError(f"split_expand must be True or False, got {self.split_expand!r}")
         if self.outer_activation not in ACTIVATIONS:
             raise ValueError(f"outer_activation must be one of {ACTIVATIONS}, got {self.outer_activation!r}")
         if self.global_pool not in POOLS:

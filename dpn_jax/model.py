@@ -13,7 +13,7 @@ from flax import nnx
 
 from dpn_jax.blocks import DualPath, DualPathBlock, Stem, join_paths
 from dpn_jax.config import DPNConfig
-from dpn_jax.layers import Conv, NormAct, global_pool, initialized_together, window_average
+from dpn_jax.layers import Conv, NormAct, check_arguments, global_pool, initialized_together, window_average
 from dpn_jax.operations import PLAIN, Operations
 from dpn_jax.pretrained import Provenance, get_config
 
@@ -36,7 +36,8 @@ class DPN(nnx.Module):
         abstract (`jax.ShapeDtypeStruct`), to be filled in on loading.
 
     Raises:
-      ValueError: `block` or `norm` is not a class of `nnx.Module`, or gives other shapes than the network needs.
+      ValueError: `block` or `norm` is not a class of `nnx.Module`, or gives other shapes than the network needs; a
+        dtype is not floating-point; `rngs` is no `nnx.Rngs`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -61,6 +62,7 @@ class DPN(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs | None,
     ) -> None:
+        check_arguments(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         _check_class("block", block)
         _check_class("norm", norm)
         options = {"operations": operations, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}

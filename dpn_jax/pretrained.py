@@ -1,6 +1,8 @@
 """The published weights: tags, how images are prepared for them, figures (standard library only)."""
 
 import dataclasses
+import numbers
+import sys
 from typing import NamedTuple
 
 from dpn_jax.config import VARIANTS, DPNConfig, is_int, unknown_name_message, variant_of
@@ -9,6 +11,10 @@ DPN_MEAN = (124 / 255, 117 / 255, 104 / 255)
 DPN_STD = (1 / (0.0167 * 255),) * 3
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest", "box", "hamming")
+CROP_MODES = ("center", "squash", "border")
+_MAX_SIDE = 65_535
+"""Pixels; a JPEG image is not larger."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,29 +22,72 @@ class Preprocessing:
     """How images are prepared for a set of weights (timm's `pretrained_cfg`).
 
     Args:
-      image_size: side of the square that the network sees, pixels.
-      crop_fraction: the image's shorter side is resized to `floor(image_size / crop_fraction)` before the center crop.
-      interpolation: 'bicubic', 'bilinear', 'lanczos' or 'nearest'.
+      image_size: what the network sees, pixels, at least 32: the side of a square, or (height, width).
+      crop_fraction: what the crop keeps of each side of the resized image, in (0, 1]; `image_size / crop_fraction`,
+        rounded down, is the size to resize to.
+      interpolation: 'bicubic', 'bilinear', 'lanczos', 'nearest', 'box' or 'hamming'.
+      crop_mode: timm's name for how an image of another shape is made to fit: 'center' resizes its shorter side and
+        loses the ends of the longer one; 'squash' resizes both sides, without regard to its shape; 'border' resizes its
+        longer side, and adds borders of the mean color.
       mean, std: per-channel normalization of values in [0, 1].
+
+    Raises:
+      ValueError: a field is of another type or out of its range; the message names it and the value.
+
+    Example:
+      >>> Preprocessing(image_size=(224, 320)).height
+      224
     """
 
-    image_size: int = 224
+    image_size: int | tuple[int, int] = 224
     crop_fraction: float = 0.875
     interpolation: str = "bicubic"
+    crop_mode: str = "center"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        for name in ("mean", "std"):
-            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
-        if not is_int(self.image_size) or self.image_size < 32:
-            raise ValueError(f"image_size must be an integer of at least 32 pixels, got {self.image_size!r}")
-        if not 0 < self.crop_fraction <= 1:
+        size = self.image_size
+        if isinstance(size, list | tuple) and len(size) == 2:  # a list, as JSON has it
+            size = size[0] if size[0] == size[1] else tuple(size)
+            object.__setattr__(self, "image_size", size)
+        sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
+        if not all(is_int(side) and side >= 32 for side in sides):
+            raise ValueError(
+                f"image_size must be an integer of at least 32 pixels, or two (height, width), got {self.image_size!r}"
+            )
+        if not _is_number(self.crop_fraction) or not 0 < self.crop_fraction <= 1:
             raise ValueError(f"crop_fraction must be in (0, 1], got {self.crop_fraction!r}")
-        if self.interpolation not in ("bicubic", "bilinear", "lanczos", "nearest"):
-            raise ValueError(f"interpolation must be bicubic, bilinear, lanczos or nearest, got {self.interpolation!r}")
+        if max(sides) > _MAX_SIDE * self.crop_fraction:
+            raise ValueError(
+                f"image_size / crop_fraction must be at most {_MAX_SIDE} pixels, got {self.image_size!r} / "
+                f"{self.crop_fraction!r}"
+            )
+        for name, known in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple) or not values or not all(map(_is_number, values)):
+                raise ValueError(f"{name} must be finite numbers, one a channel, got {values!r}")
+            object.__setattr__(self, name, tuple(float(value) for value in values))
         if len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
             raise ValueError(f"mean and std must be equally long and std positive, got {self.mean!r} and {self.std!r}")
+
+    @property
+    def height(self) -> int:
+        """Height of the prepared images, pixels."""
+        return self.image_size[0] if isinstance(self.image_size, tuple) else self.image_size
+
+    @property
+    def width(self) -> int:
+        """Width of the prepared images, pixels."""
+        return self.image_size[1] if isinstance(self.image_size, tuple) else self.image_size
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a finite number that a float can hold, and no boolean."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 class Provenance(NamedTuple):

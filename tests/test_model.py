@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -169,3 +171,18 @@ def test_half_precision_parameters(dtype: jax.typing.DTypeLike) -> None:
     assert {leaf.dtype for leaf in floats} == {jnp.dtype(dtype)}
     exact = dpn_jax.create_model(TINY).stem.conv.kernel[...]
     np.testing.assert_allclose(model.stem.conv.kernel[...].astype("float32"), exact, rtol=1e-2)
+
+
+@pytest.mark.parametrize("argument", ["dtype", "param_dtype"])
+@pytest.mark.parametrize("dtype", [jnp.int32, "int8", bool, "floats", None, "complex64", 5])
+def test_networks_compute_in_floats(argument: str, dtype: object, tiny_file: Path) -> None:
+    for make in (dpn_jax.create_model, dpn_jax.from_pretrained):
+        with pytest.raises(ValueError, match=rf"^{argument} must be a floating-point one, such as .*, got "):
+            make(TINY if make is dpn_jax.create_model else tiny_file, **{argument: dtype})
+
+
+@pytest.mark.parametrize("rngs", [0, jax.random.key(0), "params", {"params": 0}])
+def test_rngs_are_flaxs(rngs: object, tiny_file: Path) -> None:
+    for make in (dpn_jax.create_model, dpn_jax.from_pretrained):
+        with pytest.raises(ValueError, match=r"^rngs must be nnx.Rngs, such as nnx.Rngs\(0\), got "):
+            make(TINY if make is dpn_jax.create_model else tiny_file, rngs=rngs)

@@ -4,17 +4,21 @@ Nothing is imported or contacted before a file is asked for; `HF_ENDPOINT`, `HF_
 the client's environment variables work as everywhere.
 """
 
-import json
+import logging
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-from dpn_jax.config import POOLS, VARIANTS, unknown_name_message
-from dpn_jax.errors import CheckpointError, reason
-from dpn_jax.pretrained import PRETRAINED, Preprocessing
+from dpn_jax.checkpoint.timm_config import Described, read_timm_config
+from dpn_jax.config import VARIANTS, unknown_name_message
+from dpn_jax.errors import CheckpointError, local_path, reason, shown
+from dpn_jax.pretrained import PRETRAINED
+
+logger = logging.getLogger("dpn_jax")
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # timm's order of preference
-_PREFIXES = ("hf-hub:", "hf_hub:")
+_HUB, _LOCAL = ("hf-hub:", "hf_hub:"), "local-dir:"  # timm's prefixes
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Located(NamedTuple):
@@ -24,12 +28,8 @@ class Located(NamedTuple):
     """The file to read, safetensors or PyTorch's."""
     source: str
     """The tag, hub id with its commit, or file name: what a reader of a saved model wants to know."""
-    variant: str | None = None
-    """The architecture's name, where the source gives it."""
-    preprocessing: Preprocessing | None = None
-    class_names: tuple[str, ...] | None = None
-    global_pool: str | None = None
-    """The pool that the weights were trained with, where the source gives it."""
+    described: Described = Described()
+    """What a tag or a `config.json` says."""
 
 
 def locate(source: str | Path, *, revision: str | None = None) -> Located:
@@ -37,35 +37,51 @@ def locate(source: str | Path, *, revision: str | None = None) -> Located:
 
     Args:
       source: a pretrained tag ('dpn92.mx_in1k'; 'dpn_tiny.digits' comes with this package), a hub id
-        ('timm/dpn92.mx_in1k', 'hf-hub:julien-c/timm-dpn92'), a file,
-        or a folder with `config.json` and the weights.
+        ('timm/dpn92.mx_in1k', 'hf-hub:julien-c/timm-dpn92'), a file, or a folder ('local-dir:folder' too) with the
+        weights and timm's `config.json`, or of a finished fine-tuning run. Where a folder with weights has the name of
+        a tag or hub id, it is the folder.
       revision: branch, tag or commit on the hub.
 
     Raises:
       CheckpointError: there is no such file, or the hub or the network does not give it.
-      ValueError: the name is neither a file nor a tag nor a hub id; the right or the nearest tags are suggested.
+      ValueError: the name is neither a file nor a tag nor a hub id: the right or the nearest tags are suggested; or
+        `revision` is given for what is not on the hub.
     """
-    name = str(source)
-    path = Path(source)
-    is_hub_id = name.startswith(_PREFIXES)
-    for prefix in _PREFIXES:
+    if str(source).startswith(_LOCAL):
+        source = Path(str(source).removeprefix(_LOCAL))
+    path, name = local_path(source, error=CheckpointError), str(source)
+    for prefix in _HUB:
         name = name.removeprefix(prefix)
+    is_hub_id = name != str(source)
+    is_file_name = isinstance(source, Path) or (not is_hub_id and _looks_like_file(name))
+    could_be_remote = not is_file_name and (name in PRETRAINED or bool(_REPOSITORY.fullmatch(name)))
+    packaged = PRETRAINED[name].packaged if name in PRETRAINED else None
     try:
-        if isinstance(source, Path) or (not is_hub_id and (path.exists() or _looks_like_file(name))):
-            return _local_folder(path) if path.is_dir() else Located(path, source=path.name)
+        found = None if is_hub_id else _find_locally(path, is_file_name, could_be_remote)
     except OSError as error:  # such as a name that is too long
-        raise CheckpointError(f"{path}: {reason(error)}") from error
+        raise CheckpointError(f"{shown(path)}: {reason(error)}") from error
+    if revision is not None and (found or packaged):
+        raise ValueError(f"{shown(name)}: is local, where --revision (revision={revision!r}) has no meaning; drop it")
+    if found:
+        if not is_file_name and name.removeprefix("timm/") in PRETRAINED:
+            logger.warning("%s: took the local %s; hf-hub:%s would be the published weights", name, found.weights, name)
+        return found
+    if packaged:
+        return Located(Path(__file__).with_name(packaged), source=name)
     if name in PRETRAINED:
-        if packaged := PRETRAINED[name].packaged:
-            return Located(Path(__file__).with_name(packaged), source=name)
         name = f"timm/{name}"
     if name in VARIANTS:
         tags = [tag for tag, pretrained in PRETRAINED.items() if pretrained.variant == name]
         weights = f"its weights are {' or '.join(tags)}" if tags else "no weights are published for it"
         raise ValueError(f"{name!r} is an architecture; {weights}")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not _REPOSITORY.fullmatch(name):
         raise ValueError(unknown_name_message(str(source), PRETRAINED))
-    return _download(name, revision)
+    try:
+        return _download(name, revision)
+    except CheckpointError as error:
+        if not is_hub_id and path.is_dir():
+            raise CheckpointError(f"{error}; the folder of that name here has no {' or '.join(_WEIGHTS)}") from error
+        raise
 
 
 def promised_sha256(path: Path) -> str | None:
@@ -81,13 +97,47 @@ def _looks_like_file(name: str) -> bool:
     )
 
 
-def _local_folder(folder: Path) -> Located:
-    weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
-    if weights is None:
-        raise CheckpointError(f"{folder}: no {', '.join(_WEIGHTS)} in this folder")
-    config = folder / "config.json"
-    described = _read_config(config) if config.is_file() else {}
-    return Located(weights, source=folder.name, **described)
+def _find_locally(path: Path, is_file_name: bool, could_be_remote: bool) -> Located | None:
+    """A file, or the weights in a folder; a folder without any does not stand in the way of a tag or a hub id."""
+    if not path.is_dir():
+        return Located(path, source=path.name) if is_file_name or path.exists() else None
+    config = path / "config.json"
+    if weights := next((path / name for name in _WEIGHTS if (path / name).is_file()), None):
+        return Located(weights, path.name, read_timm_config(config) if config.is_file() else Described())
+    if config.is_file() and (path / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"{shown(path)}: an unfinished fine-tuning run; finish it: dpn-jax finetune --output {shown(path)} --resume"
+        )
+    if not could_be_remote:
+        raise CheckpointError(f"{shown(path)}: no {', '.join(_WEIGHTS)} in this folder")
+    return None
+
+
+class _RetriesToldOnce(logging.Filter):
+    """Passes over what the client says of each attempt, up to a dozen lines a file, after a line at the first."""
+
+    loggers = ("huggingface_hub.utils._http", "huggingface_hub.file_download")
+
+    def __init__(self, repository: str) -> None:
+        super().__init__()
+        self._line = f"{repository}: the hub does not answer; trying again"
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the client may say it."""
+        if not re.search(r"thrown while requesting|Error while downloading|\[Retry \d", record.getMessage()):
+            return True
+        if self._line:
+            logger.warning(self._line)
+        self._line = ""
+        return False
+
+    def __enter__(self) -> None:
+        for name in self.loggers:
+            logging.getLogger(name).addFilter(self)
+
+    def __exit__(self, *_: object) -> None:
+        for name in self.loggers:
+            logging.getLogger(name).removeFilter(self)
 
 
 def _download(repository: str, revision: str | None) -> Located:
@@ -95,13 +145,17 @@ def _download(repository: str, revision: str | None) -> Located:
     from huggingface_hub import errors
 
     unreachable: Exception | None = None
+    told_once = _RetriesToldOnce(repository)
 
     def fetch(filename: str) -> Path | None:
         """None where there is no such file; after a hub that did not answer, only the cache is asked."""
         nonlocal unreachable
         only_cache = unreachable is not None
         try:
-            path = huggingface_hub.hf_hub_download(repository, filename, revision=revision, local_files_only=only_cache)
+            with told_once:
+                path = huggingface_hub.hf_hub_download(
+                    repository, filename, revision=revision, local_files_only=only_cache
+                )
         except errors.LocalEntryNotFoundError as error:
             unreachable = unreachable or error
         except errors.EntryNotFoundError:
@@ -112,10 +166,10 @@ def _download(repository: str, revision: str | None) -> Located:
 
     try:
         if tag := PRETRAINED.get(repository.removeprefix("timm/")):
-            described = {"variant": tag.variant, "preprocessing": tag.preprocessing}
+            described = Described(tag.variant, tag.preprocessing)
         else:  # before the weights, since it may say that they are not a DPN's; our own files need none
             config = fetch("config.json")
-            described = _read_config(config) if config else {}
+            described = read_timm_config(config) if config else Described()
         weights = next((path for name in _WEIGHTS if (path := fetch(name))), None)
         if weights is None:
             raise unreachable or CheckpointError(f"{repository}: has none of {', '.join(_WEIGHTS)} on the hub")
@@ -128,37 +182,13 @@ def _download(repository: str, revision: str | None) -> Located:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise CheckpointError(f"{repository}: no revision {revision!r} on the hub") from error
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"{repository}: gated; ask for access on its page on the hub, then log in: hf auth login (or set HF_TOKEN)"
+        ) from error
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(f"{repository}: no such repository on the hub, or a private one") from error
     except Exception as error:  # whatever the client or the HTTP library below it (three so far) lets through
         raise CheckpointError(f"{repository}: the download failed: {reason(error)}") from error
     commit = weights.parent.name  # .../snapshots/<commit>/<file>
-    return Located(weights, source=f"{repository}@{commit}", **described)
-
-
-def _read_config(path: Path) -> dict[str, object]:
-    """The fields of timm's `config.json`; old ones have those of `pretrained_cfg` at the top."""
-    try:
-        config = json.loads(path.read_bytes())
-        fields = config.get("pretrained_cfg", config)
-        architecture, pool = config.get("architecture"), config.get("model_args", {}).get("global_pool")
-        if architecture not in (None, *VARIANTS):
-            raise ValueError(f"its architecture {architecture!r} is not a DPN")
-        if pool not in (None, *POOLS):
-            raise ValueError(f"its global_pool {pool!r} is none of {POOLS}")
-        labels = config.get("label_names") or config.get("labels") or fields.get("label_names")
-        fraction = fields.get("crop_pct")
-        return {
-            "variant": architecture,
-            "global_pool": pool,
-            "preprocessing": Preprocessing(
-                image_size=fields["input_size"][-1],
-                crop_fraction=0.875 if fraction is None else fraction,
-                interpolation=fields["interpolation"],
-                mean=tuple(fields["mean"]),
-                std=tuple(fields["std"]),
-            ),
-            "class_names": tuple(str(label) for label in labels) if labels else None,
-        }
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not the config.json of a timm DPN ({type(error).__name__}: {error})") from error
+    return Located(weights, f"{repository}@{commit}", described)

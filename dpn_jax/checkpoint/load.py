@@ -14,6 +14,7 @@ from dpn_jax.checkpoint.names import list_differences, name_table
 from dpn_jax.checkpoint.open import Checkpoint, open_checkpoint
 from dpn_jax.config import DPNConfig
 from dpn_jax.errors import CheckpointError, shown
+from dpn_jax.layers import check_arguments
 from dpn_jax.model import DPN
 from dpn_jax.stock import abstract_model, changes
 
@@ -38,7 +39,7 @@ def from_pretrained(
 
     Args:
       source: a tag ('dpn92.mx_in1k'), a hub id ('timm/dpn92.mx_in1k', 'hf-hub:you/your-dpn'), a file of timm's or ours
-        (.safetensors, .pth, .bin), or a folder with config.json and weights.
+        (.safetensors, .pth, .bin), or a folder: config.json and weights, or a finished fine-tuning run.
       model: the variant or config; defaults to what the file says or its tensors tell.
       num_classes: another number than the file's gives a freshly initialized classifier; 0 gives none.
       in_channels: another number than the file's adapts the first convolution by timm's rule: 1 sums the colors, N
@@ -57,6 +58,7 @@ def from_pretrained(
 
     Source: `timm.create_model(pretrained=True)`, `timm.models._builder.load_pretrained`.
     """
+    check_arguments(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
     checkpoint = open_checkpoint(source, model=model, revision=revision)
     checkpoint.require_stock()
     rngs = nnx.Rngs(0) if rngs is None else rngs
@@ -209,7 +211,7 @@ def _check_instance(checkpoint: Checkpoint, model: nnx.Module, values: Mapping[s
     if missing or unknown or misshaped or changed:
         listed = {"missing": missing, "unknown": unknown, "misshaped": sorted(misshaped), "changed": changed}
         raise CheckpointError(
-            f"{checkpoint.path}: does not fit the model: {list_differences(listed)}",
+            f"{shown(checkpoint.path)}: does not fit the model: {list_differences(listed)}",
             missing=missing,
             unknown=unknown,
             misshaped=tuple(sorted(misshaped)),

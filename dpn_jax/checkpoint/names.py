@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpn_jax.config import VARIANTS, DPNConfig, variant_of
-from dpn_jax.errors import CheckpointError
+from dpn_jax.errors import CheckpointError, shown
 
 Shape = tuple[int, ...]
 
@@ -168,7 +168,7 @@ def list_differences(differences: Mapping[str, Sequence[str]], hint: str = "") -
         a
         b
     """
-    found = {kind: names for kind, names in differences.items() if names}
+    found = {kind: [shown(name[:200]) for name in names] for kind, names in differences.items() if names}
     counts = ", ".join(f"{len(names)} {kind} (first: {names[0]})" for kind, names in found.items())
     details = "".join(f"\n{kind}:\n  " + "\n  ".join(names) for kind, names in found.items())
     return f"{counts}{hint}{details}"

@@ -15,17 +15,16 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from dpn_jax.checkpoint.files import LazyTensor, TensorFile, read_tensors
+from dpn_jax.checkpoint.files import FORMAT, LazyTensor, TensorFile
 from dpn_jax.checkpoint.hub import Located, locate, promised_sha256
 from dpn_jax.checkpoint.names import Entry, check, infer_config, is_timm, match_input_and_head, name_table, to_flax
+from dpn_jax.checkpoint.read import read_tensors
+from dpn_jax.checkpoint.timm_config import Described
 from dpn_jax.config import DPNConfig
-from dpn_jax.errors import CheckpointError, shown
+from dpn_jax.errors import CheckpointError, reason, shown
 from dpn_jax.pretrained import Preprocessing, Provenance, get_config
 
 logger = logging.getLogger("dpn_jax")
-
-FORMAT = "dpn_jax"
-"""What the metadata of our own files says under 'format'."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +57,10 @@ class Checkpoint:
           CheckpointError: the model was changed; one line that names the first changed module and what to do.
         """
         if self.changes:
-            path, change = next(iter(self.changes.items()))
+            path, change = map(shown, next(iter(self.changes.items())))
             more = f" and {len(self.changes) - 1} more changes" if len(self.changes) > 1 else ""
             raise CheckpointError(
-                f"{self.path}: a changed model's file ({shown(path or 'the model')} {shown(change)}{more}); {reason}"
+                f"{shown(self.path)}: a changed model's file ({path or 'the model'} {change}{more}); {reason}"
                 "restore it into a model changed in the same way with load(path, into=model)"
             )
 
@@ -77,7 +76,8 @@ class Checkpoint:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != promised:
             raise CheckpointError(
-                f"{self.path}: SHA-256 is not the hub's, the download is damaged; delete {self.path.resolve()}"
+                f"{shown(self.path)}: SHA-256 is not the hub's, the download is damaged; "
+                f"delete {shown(self.path.resolve())}"
             )
 
     def read(
@@ -108,7 +108,7 @@ class Checkpoint:
             more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
             details = "".join(f"\n  {problem}" for problem in problems)
             advice = "--allow-nonfinite (allow_nonfinite=True) accepts it"
-            raise CheckpointError(f"{self.path}: {problems[0]}{more}; {advice}{details}")
+            raise CheckpointError(f"{shown(self.path)}: {problems[0]}{more}; {advice}{details}")
 
     def read_all(self, dtypes: Mapping[str, np.dtype], *, allow_nonfinite: bool) -> dict[str, np.ndarray]:
         """As `read`, all in memory, while a second thread verifies the download."""
@@ -137,22 +137,25 @@ def open_checkpoint(
     located = locate(source, revision=revision)
     file = read_tensors(located.weights)
     for note in file.notes:
-        logger.warning("%s: %s", file.path.name, note)
+        logger.warning("%s: %s", shown(file.path.name), note)
     from_timm = is_timm(file.tensors)
     try:
         if file.metadata.get("format") == FORMAT and not from_timm:
-            config, provenance, changed = _read_metadata(file)
+            config, provenance, changed = read_metadata(file.metadata, len(file.tensors))
             config = config if model is None else _named_config(model)
+        elif FORMAT in file.metadata and located.described == Described():
+            config, provenance, changed = read_metadata(file.metadata[FORMAT], len(file.tensors))
+            config = config if model is None else _find_config(file, located, model)
         else:
-            config, changed = _find_config(file, located, model), {}
+            config, changed, described = _find_config(file, located, model), {}, located.described
             sha256 = promised_sha256(file.path)
-            provenance = Provenance(located.source, sha256, located.preprocessing, located.class_names)
+            provenance = Provenance(located.source, sha256, described.preprocessing, described.class_names)
         if not changed:  # which tensors a changed model has, only an instance can tell
             check(config, file.shapes)
-            _check_dtypes(file)
+            check_dtypes(file.tensors)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{file.path}: {error}", missing=error.missing, unknown=error.unknown, misshaped=error.misshaped
+            f"{shown(file.path)}: {error}", missing=error.missing, unknown=error.unknown, misshaped=error.misshaped
         ) from None
     tensors = _translate(file.tensors, config) if from_timm else file.tensors
     return Checkpoint(file.path, tensors, config, provenance, from_timm, changed)
@@ -166,40 +169,49 @@ def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def _find_config(file: TensorFile, located: Located, model: str | DPNConfig | None) -> DPNConfig:
     """The architecture of a file without our metadata."""
-    named = located.variant if model is None else model
-    if named is not None:
-        config = _named_config(named)
+    described = located.described if model is None else Described(model)
+    if described.variant is not None:
+        config = _named_config(described.variant).replace(**described.changes)
         if is_timm(file.tensors):
             config = match_input_and_head(config, file.shapes)
     elif "stem.conv.kernel" in file.tensors:
         raise CheckpointError("has dpn_jax's tensors without its metadata; name the architecture with model=")
     else:
         config = infer_config(file.shapes)
-    return config.replace(global_pool=located.global_pool) if located.global_pool and model is None else config
+    return config.replace(**described.changes)
 
 
 def _named_config(model: str | DPNConfig) -> DPNConfig:
     return model if isinstance(model, DPNConfig) else get_config(model)
 
 
-def _read_metadata(file: TensorFile) -> tuple[DPNConfig, Provenance, dict[str, str]]:
-    """The architecture, the provenance and the changes that one of our files tells."""
+def read_metadata(metadata: Mapping[str, str] | str, tensors: int) -> tuple[DPNConfig, Provenance, dict[str, str]]:
+    """The architecture, the provenance and the changes that one of our files tells.
+
+    Args:
+      metadata: what `metadata_of` wrote, or that as JSON.
+      tensors: how many the file has.
+
+    Raises:
+      CheckpointError: it is damaged.
+    """
     try:
-        config = DPNConfig(**json.loads(file.metadata["config"]))
-        if sum(config.depths) > len(file.tensors):  # building it would take forever
-            raise ValueError(f"depths={config.depths} for {len(file.tensors)} tensors")
-        fields = json.loads(file.metadata["provenance"])
+        metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
+        config = DPNConfig(**json.loads(metadata["config"]))
+        if sum(config.depths) > tensors:  # building it would take forever
+            raise ValueError(f"depths={config.depths} for {tensors} tensors")
+        fields = json.loads(metadata["provenance"])
         preprocessing, class_names = fields["preprocessing"], fields["class_names"]
         provenance = Provenance(
             source=_text(fields["source"]),
             sha256=_text(fields["sha256"]),
             preprocessing=None if preprocessing is None else Preprocessing(**preprocessing),
-            class_names=None if class_names is None else tuple(map(_text, class_names)),
+            class_names=None if class_names is None else tuple(map(_text, _list(class_names))),
         )
-        changed = json.loads(file.metadata.get("changes", "{}"))
+        changed = json.loads(metadata.get("changes", "{}"))
         return config, provenance, {path: _text(change) for path, change in changed.items()}
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise CheckpointError(f"damaged metadata, or written by a newer dpn_jax ({error})") from error
+        raise CheckpointError(f"damaged metadata, or written by a newer dpn_jax ({reason(error)})") from error
 
 
 def _text(value: object) -> str | None:
@@ -208,10 +220,21 @@ def _text(value: object) -> str | None:
     return value
 
 
-def _check_dtypes(file: TensorFile) -> None:
+def _list(value: object) -> list[object]:
+    if not isinstance(value, list):
+        raise TypeError(f"expected a list, got {value!r}")
+    return value
+
+
+def check_dtypes(tensors: Mapping[str, LazyTensor]) -> None:
+    """Refuses a stock model's tensors, counters aside, that are not floating-point.
+
+    Raises:
+      CheckpointError: the message lists all of them.
+    """
     if strange := sorted(
         f"{name}: {tensor.dtype}"
-        for name, tensor in file.tensors.items()
+        for name, tensor in tensors.items()
         if tensor.shape and not jnp.issubdtype(tensor.dtype, jnp.floating)
     ):
         details = "".join(f"\n  {name}" for name in strange)

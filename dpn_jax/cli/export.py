@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 import tyro
 
+from dpn_jax.checkpoint.write import writable_path
 from dpn_jax.cli.options import ModelOptions, option
 from dpn_jax.cli.output import DONE, describe
-from dpn_jax.errors import printable
+from dpn_jax.errors import ExportError, printable
 from dpn_jax.inference.export import Platform, export_model
 
 
@@ -27,6 +28,7 @@ class Export(ModelOptions):
 
     def run(self) -> int:
         """Exports and prints what was written."""
+        writable_path(self.destination, overwrite=self.force, error=ExportError)  # before a download
         model, settings = self.load()
         exported = export_model(
             model,

@@ -33,7 +33,7 @@ class Models(Command):
             settings = tag.preprocessing if tag else default_preprocessing(config)
             size = {
                 "parameters": sum(math.prod(entry.timm_shape) for entry in name_table(config) if entry.is_parameter),
-                "gmacs": round(config.multiply_adds(settings.image_size, settings.image_size) / 1e9, 3),
+                "gmacs": round(config.multiply_adds(settings.height, settings.width) / 1e9, 3),
             }
             accuracy = {key: getattr(tag, key) if tag else None for key in ("top1", "top5", "data")}
             yield {"weights": name, "variant": variant, **size, **accuracy, "preprocessing": describe(settings)}

@@ -96,5 +96,7 @@ def note_throughput(throughput: Throughput | None) -> None:
 def describe(settings: Preprocessing) -> str:
     """Preprocessing on one line."""
     mean, std = (" ".join(f"{value:.3f}" for value in values) for values in (settings.mean, settings.std))
-    crop = f"{settings.image_size} pixels, crop {settings.crop_fraction:g}, {settings.interpolation}"
+    size = f"{settings.height} x {settings.width}" if settings.height != settings.width else settings.height
+    mode = "" if settings.crop_mode == "center" else f"{settings.crop_mode} "
+    crop = f"{size} pixels, {mode}crop {settings.crop_fraction:g}, {settings.interpolation}"
     return f"{crop}, mean {mean}, std {std}"

@@ -128,7 +128,7 @@ def batches(
       `config.skip_broken` is set) or a worker dies.
 
     Raises:
-      DataError: a training batch is larger than the data.
+      DataError: a training batch is larger than the data, or the images would not be square.
       ValueError: `process_count` does not divide the batch size, or `preprocessing` has neither 1 nor 3 channels.
 
     Example:
@@ -145,6 +145,9 @@ def batches(
         raise DataError(f"batch_size {config.batch_size} is larger than the {len(folder)} training images; lower it")
     if config.image_size is not None:
         preprocessing = dataclasses.replace(preprocessing, image_size=config.image_size)
+    if preprocessing.height != preprocessing.width:
+        size = f"{preprocessing.height} x {preprocessing.width}"
+        raise DataError(f"training images are square, but those of the weights are {size} pixels; pass --image-size")
     if epochs is None and not train:
         epochs = 1
     source = _Batches(folder, config, Transform(preprocessing), train, epochs, process_index, process_count)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from dpn_jax.checkpoint.save import save
 from dpn_jax.config import DPNConfig
-from dpn_jax.errors import RunError, reason
+from dpn_jax.errors import RunError, local_path, reason
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.data import BatchIterator, batches
 from dpn_jax.finetune.loop import Training, catch_interruption
@@ -98,7 +98,7 @@ def finetune(
     _check_installed()
     if not resume and (folder is None or source is None):
         raise ValueError("a new run needs a folder of images and a source of its weights")
-    output = Path(output)
+    output = local_path(output, error=RunError)
     say = note if is_first() else logger.debug
     with contextlib.ExitStack() as stack:
         on_first(lambda: stack.enter_context(opened(output, resume=resume)))

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-from dpn_jax.errors import ImageError, reason, shown
+from dpn_jax.errors import ImageError, local_path, reason, shown
 from dpn_jax.images.read import SUFFIXES, UNSUPPORTED_SUFFIXES
 
 # besides hidden ones: of macOS's archives, Python, Synology, Windows, ext4
@@ -39,7 +39,7 @@ def image_files(folder: str | os.PathLike) -> list[Path]:
       Traceback (most recent call last):
       dpn_jax.errors.ImageError: no-such-folder: No such file or directory
     """
-    walk = Walk(Path(folder))
+    walk = Walk(local_path(folder, error=ImageError))
     files = walk.images(walk.root)
     walk.tell()
     return files
@@ -69,7 +69,7 @@ def class_folders(root: str | os.PathLike) -> dict[str, list[Path]]:
 
     Source: `timm.data.readers.reader_image_folder` and, for the order, `timm.data.readers.class_map.natural_key`.
     """
-    root = Path(root)
+    root = local_path(root, error=ImageError)
     walk = Walk(root)
     folders: dict[str, Path] = {}
     for folder in walk.folders(root):

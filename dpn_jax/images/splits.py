@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
-from dpn_jax.errors import DataError, ImageError, shown
+from dpn_jax.errors import DataError, ImageError, local_path, shown
 from dpn_jax.images.folders import Walk, class_folders
 
 Split = Literal["train", "val", "all"]
@@ -91,7 +91,7 @@ def image_folder(
         raise ValueError(f"split must be 'train', 'val' or 'all', got {split!r}")
     if split != "all":
         return image_folders(path, (split,), val_fraction=val_fraction, seed=seed)[0]
-    root = Path(path)
+    root = local_path(path, error=DataError)
     if folders := _split_folders(root):
         names = " and ".join(f"{folder.name}/" for folder in folders.values())
         raise DataError(f"{shown(root)}: has {names}; name one of the two")
@@ -108,7 +108,7 @@ def image_folders(
     """`image_folder` for several splits from one walk; arguments and errors are the same."""
     if val_fraction is not None and not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction!r}")
-    root = Path(path)
+    root = local_path(path, error=DataError)
     folders = _split_folders(root)
     if len(folders) == 1:
         ((given, folder),) = folders.items()

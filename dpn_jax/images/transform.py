@@ -1,4 +1,4 @@
-"""timm's evaluation transform: resize, center crop, normalize, bit for bit (Pillow and NumPy only)."""
+"""timm's evaluation transform: resize, crop, normalize, bit for bit (Pillow and NumPy only)."""
 
 import dataclasses
 import math
@@ -9,23 +9,19 @@ from PIL import Image
 from dpn_jax.config import unknown_name_message
 from dpn_jax.errors import ImageError
 from dpn_jax.images.read import MAX_PIXELS, ImageSource, read_image, source_name
-from dpn_jax.pretrained import PRETRAINED, Preprocessing
+from dpn_jax.pretrained import INTERPOLATIONS, PRETRAINED, Preprocessing
 
 _MODES = {1: "L", 3: "RGB"}
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+_FILTERS = {name: Image.Resampling[name.upper()] for name in INTERPOLATIONS}
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
     """Prepares images for a set of weights, equal to timm's evaluation transform.
 
-    The shorter side is resized to `floor(image_size / crop_fraction)`, the center is cropped, and the values are scaled
-    to [0, 1] and normalized. The pixels before normalization and the floats after it are the same bits as timm's.
+    The image is resized to about `floor(image_size / crop_fraction)`, as `crop_mode` says, the center is cropped, and
+    the values are scaled to [0, 1] and normalized. The pixels before normalization and the floats after it are the same
+    bits as timm's.
 
     Args:
       preprocessing: sizes, interpolation, mean and standard deviation; if it has one channel, images are read as gray.
@@ -58,7 +54,7 @@ class Transform:
           source: what `read_image` accepts.
 
         Returns:
-          float32 [image_size, image_size, C], C as in `preprocessing.mean`.
+          float32 [height, width, C], C as in `preprocessing.mean`.
 
         Raises:
           ImageError: as `crop`.
@@ -72,27 +68,42 @@ class Transform:
           source: what `read_image` accepts.
 
         Returns:
-          uint8 [image_size, image_size, C].
+          uint8 [height, width, C].
 
         Raises:
-          ImageError: `read_image` fails, or the image is so narrow that it would have more than `MAX_PIXELS` pixels
-            once its shorter side is resized (to 256 pixels: beyond about 1:1365), which takes timm gigabytes.
+          ImageError: `read_image` fails, or the image is so narrow that it would have no pixels once it is resized, or
+            more than `MAX_PIXELS` (a shorter side of 256 pixels: beyond about 1:1365), which takes timm gigabytes.
         """
         settings = self.preprocessing
         image = read_image(source, exif=self.exif, mode=_MODES[len(settings.mean)])
-        short = math.floor(settings.image_size / settings.crop_fraction)
-        # Truncated, not rounded: torchvision.transforms.functional._compute_resized_output_size
-        width, height = (int(short * side / min(image.size)) for side in image.size)
-        if width * height > MAX_PIXELS:
+        width, height = self._resized(image.width, image.height)
+        if not 0 < width * height <= MAX_PIXELS:
+            allowed = f"more than the {MAX_PIXELS:,} pixels allowed" if width and height else "nothing"
             raise ImageError(
                 f"{source_name(source)}: {image.width} x {image.height} pixels would be resized to {width} x {height}, "
-                f"more than the {MAX_PIXELS:,} pixels allowed; crop the image first"
+                f"{allowed}; crop the image first"
             )
         image = image.resize((width, height), _FILTERS[settings.interpolation])
-        # Halves round to even, as in torchvision's center_crop. Its padding is never needed, as crop_fraction <= 1.
-        left, top = (round((side - settings.image_size) / 2) for side in image.size)
-        pixels = np.array(image.crop((left, top, left + settings.image_size, top + settings.image_size)))
+        if width < settings.width or height < settings.height:  # only where crop_mode is 'border'
+            image = _with_borders(image, settings)
+        # Halves round to even, as in torchvision's center_crop
+        left, top = round((image.width - settings.width) / 2), round((image.height - settings.height) / 2)
+        pixels = np.array(image.crop((left, top, left + settings.width, top + settings.height)))
         return pixels.reshape(*pixels.shape[:2], -1)
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height that an image is resized to before the crop."""
+        settings = self.preprocessing
+        target = [math.floor(side / settings.crop_fraction) for side in (settings.width, settings.height)]
+        if settings.crop_mode == "squash":
+            return tuple(target)
+        if settings.crop_mode == "center" and target[0] == target[1]:
+            # Truncated, not rounded: torchvision.transforms.functional._compute_resized_output_size
+            return tuple(int(target[0] * side / min(width, height)) for side in (width, height))
+        # Rounded, halves to even: timm.data.transforms.ResizeKeepRatio
+        ratios = width / target[0], height / target[1]
+        ratio = max(ratios) if settings.crop_mode == "border" else min(ratios)
+        return round(width / ratio), round(height / ratio)
 
     def normalize(self, pixels: np.ndarray) -> np.ndarray:
         """Scales to [0, 1], subtracts the mean and divides by the standard deviation.
@@ -123,16 +134,28 @@ class Transform:
         return values
 
 
+def _with_borders(image: Image.Image, settings: Preprocessing) -> Image.Image:
+    """The image in the middle of the mean color, as large as the crop; timm.data.transforms.center_crop_or_pad."""
+    color = tuple(round(255 * min(max(mean, 0), 1)) for mean in settings.mean)
+    canvas = Image.new(image.mode, (max(image.width, settings.width), max(image.height, settings.height)), color)
+    canvas.paste(image, ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2))
+    return canvas
+
+
 def preprocessing(
-    source: str | Preprocessing, *, use_test_size: bool = False, image_size: int | None = None, exif: bool = False
+    source: str | Preprocessing,
+    *,
+    use_test_size: bool = False,
+    image_size: int | tuple[int, int] | None = None,
+    exif: bool = False,
 ) -> Transform:
     """The transform that a set of weights was evaluated with.
 
     Args:
       source: a pretrained tag, with or without the prefix 'timm/', or a `Preprocessing`.
       use_test_size: use the larger image size that timm tests some weights at (`dpn68b.ra_in1k`), if there is one.
-      image_size: side of the prepared images, pixels, at least 32; defaults to that of the weights. `crop_fraction`
-        does not change.
+      image_size: side of the prepared images, or their (height, width), pixels, at least 32; defaults to that of the
+        weights. `crop_fraction` does not change.
       exif: apply the EXIF orientation of images; timm does not.
 
     Returns:

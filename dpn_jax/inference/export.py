@@ -1,5 +1,6 @@
 """A model and its weights as one file of StableHLO, which runs where dpn_jax is not installed."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -7,8 +8,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from dpn_jax.checkpoint.files import write_atomically
-from dpn_jax.errors import ExportError, reason, shown
+from dpn_jax.checkpoint.write import writable_path, write_atomically
+from dpn_jax.errors import ExportError, local_path, reason, shown
 from dpn_jax.fast.forward import FastForward, PlainForward
 from dpn_jax.fast.grouped import Native
 from dpn_jax.fast.plan import PLANS, Plan
@@ -30,7 +31,7 @@ def export_model(
     *,
     platforms: Sequence[Platform] = ("tpu", "cuda", "cpu"),
     batch_size: int | None = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     fast: bool = True,
     overwrite: bool = False,
 ) -> jax.export.Exported:
@@ -47,7 +48,8 @@ def export_model(
       path: the file, usually `*.jaxexport`; written atomically.
       platforms: where the file will run, any of 'tpu', 'cuda', 'rocm' and 'cpu'; none has to be present here.
       batch_size: images per batch; defaults to any number (a symbolic dimension, compiled per size when called).
-      image_size: side of the images, pixels; defaults to that of the weights, or of the architecture's default weights.
+      image_size: side of the images, or their (height, width), pixels; defaults to that of the weights, or of the
+        architecture's default weights.
       fast: False exports the plain form, the model as it is, which any changed model needs.
       overwrite: replace an existing file.
 
@@ -55,7 +57,7 @@ def export_model(
       What was written: a function from normalized float32 `[B, H, W, C]` to float32 logits `[B, num_classes]`.
 
     Raises:
-      ExportError: the file exists and `overwrite` is not set, or it cannot be written.
+      ExportError: the file exists and `overwrite` is not set, or it cannot be written: a URL, a folder, a special file.
       ValueError: `platforms` is empty or has an unknown or repeated platform, `batch_size` or `image_size` is out of
         range, or the model is not stock (see `dpn_jax.stock`) and `fast` is set.
 
@@ -69,23 +71,20 @@ def export_model(
 
     Source: `jax.export`, https://docs.jax.dev/en/latest/export/export.html.
     """
-    path = Path(path)
+    path = writable_path(path, overwrite=overwrite, error=ExportError)
     if unknown := [platform for platform in platforms if platform not in BACKENDS]:
         raise ValueError(f"platforms must be of {', '.join(BACKENDS)}, got {unknown[0]!r}")
     if not platforms or len(set(platforms)) != len(platforms):
         raise ValueError(f"platforms must be one or more, without repeats, got {list(platforms)}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if image_size is None:
-        image_size = (model.provenance.preprocessing or default_preprocessing(model.config)).image_size
-    if image_size < 32:
-        raise ValueError(f"image_size must be at least 32 pixels, got {image_size}")
-    if path.exists() and not overwrite:
-        raise ExportError(f"{shown(path)}: exists already; overwrite it with --force (overwrite=True)")
+    settings = model.provenance.preprocessing or default_preprocessing(model.config)
+    if image_size is not None:
+        settings = dataclasses.replace(settings, image_size=image_size)
     plan = PLANS[BACKENDS[platforms[0]]] if len(platforms) == 1 else PORTABLE
     forward = FastForward(model, plan) if fast else PlainForward(model)
     (batch,) = jax.export.symbolic_shape("b") if batch_size is None else (batch_size,)
-    images = jax.ShapeDtypeStruct((batch, image_size, image_size, model.config.in_channels), jnp.float32)
+    images = jax.ShapeDtypeStruct((batch, settings.height, settings.width, model.config.in_channels), jnp.float32)
 
     def dpn(images: jax.Array) -> jax.Array:
         return forward.apply(forward.params, images).astype(jnp.float32)
@@ -117,7 +116,7 @@ def load_exported(path: str | Path) -> jax.export.Exported:
       dpn_jax.errors.ExportError: no-such-file.jaxexport: No such file or directory
     """
     try:
-        return jax.export.deserialize(bytearray(Path(path).read_bytes()))
+        return jax.export.deserialize(bytearray(local_path(path, error=ExportError).read_bytes()))
     except OSError as error:
         raise ExportError(f"{shown(path)}: {reason(error)}") from error
     except Exception as error:  # on damaged files flatbuffers raises nearly anything

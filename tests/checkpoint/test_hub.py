@@ -80,6 +80,7 @@ def run(steps: list[Step], home: Path, **environment: str) -> dict[str, Any]:
         check=False,
     )
     assert result.returncode == 0, result.stderr
+    assert "[Retry " not in result.stderr  # the client's own lines, up to a dozen a file
     return dict(json.loads(line) for line in result.stdout.splitlines())
 
 
@@ -139,7 +140,7 @@ def session(timm: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Itera
         hub.add("someone/empty", {"config.json": config})
         hub.add("someone/resnet", tiny | {"config.json": json.dumps(CONFIG | {"architecture": "resnet50"}).encode()})
         hub.add("someone/damaged-config", tiny | {"config.json": config[:-9]})
-        hub.add("someone/no-mean", tiny | {"config.json": b'{"architecture": "dpn92"}'})
+        hub.add("someone/bad-mean", tiny | {"config.json": b'{"architecture": "dpn92", "mean": 5}'})
         hub.add("someone/list-config", tiny | {"config.json": b'{"architecture": ["dpn92"], "mean": []}'})
         hub.add(
             "someone/wrong-variant", tiny | {"config.json": json.dumps(CONFIG | {"architecture": "dpn92"}).encode()}
@@ -150,6 +151,8 @@ def session(timm: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Itera
         for fault in ("reset", "error"):
             hub.add(f"someone/metadata-{fault}", tiny)
             hub.fail(f"someone/metadata-{fault}", "model.safetensors", fault, times=20, on_metadata=True)
+        hub.add("someone/gated", tiny)
+        hub.gated.add("someone/gated")
         hub.add("someone/flaky", tiny)
         hub.fail("someone/flaky", "model.safetensors", "error", times=2, on_metadata=True)
         hub.fail("julien-c/timm-dpn68", "pytorch_model.bin", "truncated")  # the client keeps whole parts of 10 MB
@@ -251,10 +254,11 @@ def test_an_interrupted_download_is_resumed(session: Session) -> None:
         ("no repository", "no such repository"),
         ("no revision", "no revision 'v9'"),
         ("bad name", "someone/.."),
+        ("gated", "gated; ask for access"),
         ("empty", "has none of model.safetensors"),
         ("resnet", "'resnet50' is not a DPN"),
         ("damaged-config", "config.json"),
-        ("no-mean", "config.json"),
+        ("bad-mean", "config.json"),
         ("list-config", "config.json"),
         ("stuck", "the download failed"),
         ("stuck again", "the download failed"),

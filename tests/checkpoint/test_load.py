@@ -2,7 +2,6 @@
 
 import functools
 import json
-import logging
 import statistics
 import subprocess
 import sys
@@ -19,22 +18,18 @@ import safetensors.numpy
 from flax import nnx
 
 pytest.importorskip("tests.support.timm_models")
-pytest.importorskip("hypothesis")
 import safetensors.torch
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import dpn_jax
 from convert.timm_import import create_timm_model
 from dpn_jax import CheckpointError, DPNConfig
 from dpn_jax.checkpoint.load import adapt_input_channels
-from dpn_jax.checkpoint.names import infer_config, name_table, to_timm
-from dpn_jax.checkpoint.names import to_flax as entry_to_flax
+from dpn_jax.checkpoint.names import infer_config, name_table
 from dpn_jax.checkpoint.open import open_checkpoint
 from dpn_jax.checkpoint.save import convert
 from dpn_jax.config import VARIANTS
-from dpn_jax.pretrained import PRETRAINED, get_config
+from dpn_jax.pretrained import get_config
 from tests.support.models import TINY, values
 from tests.support.timm_models import (
     assert_logits,
@@ -66,57 +61,6 @@ def test_table_is_timms_state_dict(variant: str) -> None:
     assert [(entry.timm, entry.timm_shape) for entry in entries] == list(theirs.items())
     assert [entry.flax for entry in entries] == [flax_name(name, len(shape)) for name, shape in theirs.items()]
     assert [entry.is_parameter for entry in entries] == [name in dict(model.named_parameters()) for name in theirs]
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_table_is_the_models_own_names(variant: str) -> None:
-    model = nnx.eval_shape(lambda: dpn_jax.create_model(variant))
-    ours = {
-        ".".join(map(str, path)): variable.get_value().shape
-        for path, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
-    }
-    assert {entry.flax: entry.flax_shape for entry in name_table(get_config(variant))} == ours
-
-
-@st.composite
-def configs(draw: st.DrawFn) -> DPNConfig:
-    stages = draw(st.integers(1, 4))
-    groups = draw(st.integers(1, 4))
-    return DPNConfig(
-        depths=draw(st.tuples(*[st.integers(1, 3)] * stages)),
-        dense_increments=draw(st.tuples(*[st.integers(1, 9)] * stages)),
-        bottleneck_width=groups * draw(st.integers(1, 5)),
-        groups=groups,
-        residual_width=draw(st.integers(1, 20)),
-        stem_features=draw(st.integers(1, 9)),
-        stem_kernel=draw(st.sampled_from([1, 3, 5, 7])),
-        split_expand=draw(st.booleans()),
-        num_classes=draw(st.integers(0, 9)),
-        in_channels=draw(st.integers(1, 5)),
-        global_pool=draw(st.sampled_from(["avg", "catavgmax"])),
-    )
-
-
-@settings(max_examples=100, deadline=None)
-@given(configs())
-def test_table_is_bijective_and_tells_the_architecture(config: DPNConfig) -> None:
-    entries = name_table(config)
-    shapes = {entry.timm: entry.timm_shape for entry in entries}
-    assert len(entries) == len(shapes) == len({entry.flax for entry in entries})
-    # without a classifier nothing tells one pool from another
-    expected = config if config.num_classes else config.replace(global_pool="avg")
-    assert infer_config(shapes) == expected
-    for entry in entries[:: max(1, len(entries) // 9)]:
-        array = np.arange(np.prod(entry.timm_shape)).reshape(entry.timm_shape)
-        assert entry_to_flax(entry, array).shape == entry.flax_shape
-        np.testing.assert_array_equal(to_timm(entry, entry_to_flax(entry, array)), array)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("ends", [{}, {"num_classes": 0}, {"num_classes": 7, "in_channels": 1}])
-def test_a_variant_is_recognized_by_its_tensors(variant: str, ends: dict[str, int]) -> None:
-    config = get_config(variant).replace(**ends)
-    assert infer_config({entry.timm: entry.timm_shape for entry in name_table(config)}) == config
 
 
 # timm -> Flax -> timm
@@ -217,82 +161,6 @@ def test_a_header_length_that_looks_like_a_pickle(start: bytes, tiny_timm: torch
     header = content[8 : 8 + length].ljust(wanted)
     path.write_bytes(wanted.to_bytes(8, "little") + header + content[8 + length :])
     assert_weights(dpn_jax.load(path), tiny_timm.state_dict())
-
-
-# PyTorch's files
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_pth_of_any_dtype(dtype: str, legacy: bool, tiny_timm: torch.nn.Module, tmp_path: Path) -> None:
-    state = {name: t.to(DTYPES[dtype]) if t.ndim else t for name, t in tiny_timm.state_dict().items()}
-    torch.save(state, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
-    expected = {name: tensor.float() if tensor.ndim else tensor for name, tensor in state.items()}
-    assert_weights(dpn_jax.load(tmp_path / "a.pth"), expected)
-    convert(tmp_path / "a.pth", tmp_path / "a.safetensors", to="timm")
-    safetensors.torch.save_file(state, tmp_path / "expected.safetensors", metadata={"format": "pt"})
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
-
-
-@pytest.mark.parametrize(
-    "wrapper", [["state_dict"], ["model"], ["state_dict_ema"], ["model_ema"], ["model", "state_dict"]]
-)
-def test_wrapped_pth(
-    wrapper: list[str], tiny_timm: torch.nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    content: dict[str, object] = dict(tiny_timm.state_dict())
-    for key in reversed(wrapper):
-        content = {"epoch": 3, key: content, "optimizer": {"lr": 0.1}}
-    torch.save(content, tmp_path / "a.pth")
-    assert_weights(dpn_jax.load(tmp_path / "a.pth"), tiny_timm.state_dict())
-    assert [record.getMessage() for record in caplog.records] == [
-        f"a.pth: took the tensors under {key!r}" for key in wrapper
-    ]
-
-
-@pytest.mark.parametrize("average", ["state_dict_ema", "model_ema"])
-def test_the_average_wins(average: str, timm: ModuleType, tiny_timm: torch.nn.Module, tmp_path: Path) -> None:
-    other = timm_dpn(timm, seed=1).state_dict()
-    torch.save({"state_dict": other, average: tiny_timm.state_dict()}, tmp_path / "a.pth")
-    assert_weights(dpn_jax.load(tmp_path / "a.pth"), tiny_timm.state_dict())
-    torch.save({"state_dict": tiny_timm.state_dict(), average: None}, tmp_path / "b.pth")
-    assert_weights(dpn_jax.load(tmp_path / "b.pth"), tiny_timm.state_dict())
-
-
-@pytest.mark.parametrize(
-    "prefixes", [["module."], ["_orig_mod."], ["module.", "_orig_mod."], ["_orig_mod.", "module."]]
-)
-@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_prefixes_of_wrapped_modules(
-    prefixes: list[str], suffix: str, tiny_timm: torch.nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    state = {"".join(prefixes) + name: tensor for name, tensor in tiny_timm.state_dict().items()}
-    path = tmp_path / f"a.{suffix}"
-    (torch.save if suffix == "pth" else safetensors.torch.save_file)(state, path)
-    with caplog.at_level(logging.WARNING, logger="dpn_jax"):
-        assert_weights(dpn_jax.load(path), tiny_timm.state_dict())
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{path.name}: stripped {prefix!r} from every name" for prefix in prefixes
-    ]
-
-
-def test_a_plain_file_is_not_remarked_on(tiny_timm_file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    dpn_jax.load(tiny_timm_file)
-    assert not caplog.records
-
-
-def test_parameters_as_torch_modules_save_them(tiny_timm: torch.nn.Module, tmp_path: Path) -> None:
-    torch.save(tiny_timm.state_dict(keep_vars=True), tmp_path / "a.pth")
-    assert_weights(dpn_jax.load(tmp_path / "a.pth"), tiny_timm.state_dict())
-
-
-def test_flat_classifier_is_taken_and_written_as_a_convolution(tiny_timm: torch.nn.Module, tmp_path: Path) -> None:
-    state = tiny_timm.state_dict()
-    flat = state | {"classifier.weight": state["classifier.weight"].flatten(1)}
-    torch.save(flat, tmp_path / "flat.pth")
-    assert_weights(dpn_jax.load(tmp_path / "flat.pth"), state)
-    convert(tmp_path / "flat.pth", tmp_path / "a.safetensors", to="timm")
-    assert safetensors.torch.load_file(tmp_path / "a.safetensors")["classifier.weight"].shape == (5, 152, 1, 1)
 
 
 def test_no_classifier_at_all_gives_a_model_without_one(
@@ -574,10 +442,6 @@ def test_a_variant_there_and_back(variant: str, timm: ModuleType, tmp_path: Path
     convert(source, tmp_path / "flax.safetensors")
     convert(tmp_path / "flax.safetensors", tmp_path / "back.safetensors")
     assert (tmp_path / "back.safetensors").read_bytes() == source.read_bytes()
-
-
-def test_every_tag_is_a_variant() -> None:
-    assert {tag.variant for tag in PRETRAINED.values()} <= VARIANTS.keys()
 
 
 def test_unknown_models_are_value_errors(tiny_timm_file: Path) -> None:

@@ -215,6 +215,15 @@ def test_argument_errors(root: Path, everything: ImageFolder) -> None:
         batches(everything, PLAIN, four, train=True)
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_images_that_are_not_square_are_refused(train: bool, everything: ImageFolder) -> None:
+    wide = Preprocessing(image_size=(32, 48))
+    with pytest.raises(DataError, match=r"square, but those of the weights are 32 x 48 pixels; pass --image-size$"):
+        batches(everything, PLAIN, wide, train=train)
+    with batches(everything, dataclasses.replace(PLAIN, image_size=32), wide, train=train) as squares:
+        assert next(squares)["image"].shape == (4, 32, 32, 3)
+
+
 def test_without_refuses_to_lose_a_class(everything: ImageFolder) -> None:
     kept = everything.without(everything.files[:3])
     assert kept.files == everything.files[3:] and kept.labels == everything.labels[3:]

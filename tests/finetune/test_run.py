@@ -194,6 +194,17 @@ def test_a_new_run_must_say_what_it_starts_from(images: Path, weights: Path, tmp
             finetune(folder, tmp_path / "run", source=source)
 
 
+def test_a_bucket_is_refused_before_anything_is_made(
+    images: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match="s3://bucket/run: a URL; only local"):
+        finetune(images, "s3://bucket/run", source=weights)
+    with pytest.raises(DataError, match="gs://bucket/photos: a URL; only local"):
+        finetune("gs://bucket/photos", "run", source=weights)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_new_images_are_told_and_do_not_change_a_resumed_run(
     finished: Finetuned, copy: Path, images: Path, tmp_path: Path
 ) -> None:

@@ -99,6 +99,66 @@ def test_resize_and_crop_by_hand(
     np.testing.assert_array_equal(Transform(Preprocessing(crop_fraction=fraction)).crop(pixels), expected)
 
 
+def test_squash_keeps_the_whole_image() -> None:
+    pixels = noise(40, 90)
+    expected = Image.fromarray(pixels).resize((64, 32), Image.Resampling.BICUBIC)
+    settings = Preprocessing(image_size=(32, 64), crop_fraction=1.0, crop_mode="squash")
+    np.testing.assert_array_equal(Transform(settings).crop(pixels), expected)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_border_keeps_the_whole_image_in_the_mean_color(wide: bool) -> None:
+    pixels = noise(60, 90) if wide else noise(90, 60)
+    settings = Preprocessing(image_size=64, crop_fraction=1.0, crop_mode="border", mean=(1.0, 0.5, 0.0))
+    cropped = Transform(settings).crop(pixels)
+    size = (64, 43) if wide else (43, 64)  # 42.67 rounded, 10 pixels before and 11 after
+    cropped = cropped if wide else cropped.swapaxes(0, 1)
+    expected = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(cropped[10:53], expected if wide else expected.swapaxes(0, 1))
+    assert (cropped[:10] == (255, 128, 0)).all()
+    assert (cropped[53:] == (255, 128, 0)).all()
+
+
+def test_sizes_that_are_equal_are_one_number() -> None:
+    assert Preprocessing(image_size=(64, 64)) == Preprocessing(image_size=64)
+    assert Preprocessing(image_size=[64, 32]).image_size == (64, 32)  # as JSON has it
+    assert (Preprocessing(image_size=(64, 32)).height, Preprocessing(image_size=(64, 32)).width) == (64, 32)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("image_size", 31),
+        ("image_size", (64, 31)),
+        ("image_size", (64, 64, 64)),
+        ("image_size", (64,)),
+        ("image_size", []),
+        ("image_size", 64.0),
+        ("image_size", True),
+        ("image_size", "64"),
+        ("image_size", 10**400),
+        ("image_size", 70_000),
+        ("crop_fraction", 0),
+        ("crop_fraction", 1.1),
+        ("crop_fraction", "0.9"),
+        ("crop_fraction", True),
+        ("crop_fraction", 1e-4),
+        ("crop_mode", "Center"),
+        ("crop_mode", None),
+        ("interpolation", "random"),
+        ("interpolation", ["bicubic"]),
+        ("mean", "555"),
+        ("mean", (0.5, float("nan"), 0.5)),
+        ("mean", 0.5),
+        ("std", (0.0, 1.0, 1.0)),
+        ("std", ()),
+    ],
+)
+def test_each_field_by_its_type(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^(mean and |image_size / )?{field}"):
+        Preprocessing(**{field: value})
+
+
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos", "nearest"])
 def test_interpolations_differ_and_keep_a_flat_image(interpolation: str) -> None:
     transform = Transform(Preprocessing(image_size=32, interpolation=interpolation))

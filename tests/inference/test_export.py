@@ -117,3 +117,12 @@ def test_damaged_files_are_one_error(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(ExportError, match="x: not an exported model, damaged"):
             load_exported(path)
+
+
+def test_images_that_are_not_square(tmp_path: Path) -> None:
+    model = dpn_jax.create_model(TINY)
+    model.provenance = model.provenance._replace(preprocessing=dpn_jax.Preprocessing(image_size=(32, 64)))
+    written = export_model(model, tmp_path / "a", platforms=["cpu"], fast=False)
+    assert written.in_avals[0].str_short() == "float32[b,32,64,3]"
+    written = export_model(model, tmp_path / "b", platforms=["cpu"], fast=False, image_size=(64, 32))
+    assert written.in_avals[0].str_short() == "float32[b,64,32,3]"

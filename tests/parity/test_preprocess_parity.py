@@ -1,7 +1,9 @@
 """The prepared images are timm's, bit for bit: the pixels before normalization and the floats after it."""
 
+import dataclasses
 import functools
 import importlib.util
+import json
 import random
 import warnings
 from collections.abc import Callable
@@ -15,10 +17,11 @@ pytest.importorskip("tests.support.timm_models")
 pytest.importorskip("tests.support.photos")
 import torch
 
+from dpn_jax.checkpoint.timm_config import read_timm_config
 from dpn_jax.errors import ImageError
 from dpn_jax.images.labels import imagenet_labels
 from dpn_jax.images.transform import Transform, preprocessing
-from dpn_jax.pretrained import PRETRAINED, Preprocessing
+from dpn_jax.pretrained import CROP_MODES, INTERPOLATIONS, PRETRAINED, Preprocessing
 from tests.support.timm_models import timm
 
 _PACKAGES = {name: Path(importlib.util.find_spec(name).origin).parent for name in ("skimage", "sklearn")}
@@ -37,9 +40,10 @@ TimmTransform = Callable[[Image.Image], torch.Tensor]
 
 def timm_transform(settings: Preprocessing, **options: object) -> TimmTransform:
     return timm.data.create_transform(
-        input_size=(len(settings.mean), settings.image_size, settings.image_size),
+        input_size=(len(settings.mean), settings.height, settings.width),
         is_training=False,
         crop_pct=settings.crop_fraction,
+        crop_mode=settings.crop_mode,
         interpolation=settings.interpolation,
         mean=settings.mean,
         std=settings.std,
@@ -98,13 +102,75 @@ def test_every_photo(path: Path) -> None:
     same(timm_transform(gray)(timm_image(path, "L")), Transform(gray)(path))
 
 
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos", "nearest"])
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 @pytest.mark.parametrize("crop_fraction", [0.875, 0.9, 0.95, 1.0])
 @pytest.mark.parametrize("image_size", [32, 224, 225, 288])
 def test_settings(image_size: int, crop_fraction: float, interpolation: str) -> None:
     settings = Preprocessing(image_size=image_size, crop_fraction=crop_fraction, interpolation=interpolation)
     for path in VARIED[:3]:
         check(settings, timm_image(path))
+
+
+@pytest.mark.parametrize("crop_mode", CROP_MODES)
+@pytest.mark.parametrize("crop_fraction", [0.875, 0.95, 1.0])
+@pytest.mark.parametrize("image_size", [64, (64, 96), (161, 96), (224, 225)])
+def test_crop_modes(image_size: int | tuple[int, int], crop_fraction: float, crop_mode: str) -> None:
+    settings = Preprocessing(image_size=image_size, crop_fraction=crop_fraction, crop_mode=crop_mode)
+    for path in VARIED[:3]:
+        check(settings, timm_image(path))
+    gray = dataclasses.replace(settings, mean=(0.4,), std=(0.2,))
+    transform = timm_transform(gray)
+    same(transform(timm_image(VARIED[0], "L")), Transform(gray)(VARIED[0]))
+
+
+@pytest.mark.parametrize("crop_mode", CROP_MODES)
+def test_crop_modes_of_random_sizes(crop_mode: str) -> None:
+    rng = random.Random(crop_mode)
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 400, 3), np.uint8)
+    for _ in range(150):
+        settings = Preprocessing(
+            image_size=(rng.randint(32, 80), rng.randint(32, 80)),
+            crop_fraction=rng.choice([0.875, 0.95, 1.0, rng.uniform(0.2, 1)]),
+            interpolation=rng.choice(INTERPOLATIONS),
+            crop_mode=crop_mode,
+            mean=tuple(rng.uniform(0, 1) for _ in range(3)),
+        )
+        height, width = (rng.choice([rng.randint(1, 40), rng.randint(1, 400)]) for _ in range(2))
+        image = Image.fromarray(pixels[:height, :width])
+        try:
+            expected = timm_transform(settings, normalize=False)(image)
+        except ValueError:  # so narrow that the shorter side would be 0 pixels
+            with pytest.raises(ImageError, match=r"would be resized to .* nothing; crop the image first"):
+                Transform(settings).crop(np.asarray(image))
+        else:
+            same(expected, Transform(settings).crop(np.asarray(image)))
+
+
+@pytest.mark.parametrize("mean", [(0.0, 0.5, 1.0), (-0.2, 1.3, 0.5)])
+def test_borders_of_any_mean(mean: tuple[float, ...]) -> None:
+    settings = Preprocessing(image_size=(50, 32), crop_mode="border", mean=mean)
+    check(settings, timm_image(VARIED[0]))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"input_size": [3, 64, 96], "crop_mode": "squash", "crop_pct": 0.9},
+        {"input_size": [3, 96, 64], "crop_mode": "border", "interpolation": "lanczos", "crop_pct": 1},
+        {"input_size": [3, 64, 64], "mean": [0.5], "std": [0.2], "crop_pct": 0},
+        {"input_size": [3, 64, 64], "mean": [], "std": None, "crop_mode": "", "interpolation": ""},
+        {},
+    ],
+)
+def test_config_json_as_timm_reads_it(fields: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"architecture": "dpn68", "pretrained_cfg": fields}))
+    pretrained_cfg, _, _ = timm.models._hub.load_model_config_from_path(tmp_path)
+    config = timm.data.resolve_data_config({}, pretrained_cfg=pretrained_cfg)
+    reference = timm.data.create_transform(**config, is_training=False)
+    transform = Transform(read_timm_config(path).preprocessing)
+    for photo in VARIED[:2]:
+        same(reference(timm_image(photo)), transform(photo))
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ class Hub:
     Attributes:
       endpoint: what `HF_ENDPOINT` is to be.
       requests: what was asked for, by repository.
+      gated: repositories whose files are not for everybody.
     """
 
     def __init__(self) -> None:
@@ -68,6 +69,7 @@ class Hub:
         self._branches: dict[str, dict[str, str]] = defaultdict(dict)
         self._faults: dict[tuple[str, str, bool], list[Fault]] = {}
         self.requests: dict[str, list[Request]] = defaultdict(list)
+        self.gated: set[str] = set()
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
@@ -145,6 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
         hub.requests[repository].append(Request(self.command, file, is_body, start))
         if repository not in hub.repositories:
             return self._refuse(HTTPStatus.NOT_FOUND, "RepoNotFound")
+        if repository in hub.gated:
+            return self._refuse(HTTPStatus.FORBIDDEN, "GatedRepo")
         files = hub.files(repository, revision)
         if files is None:
             return self._refuse(HTTPStatus.NOT_FOUND, "RevisionNotFound")

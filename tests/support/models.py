@@ -1,10 +1,16 @@
 """The small model of the tests, and random values for any of ours. Needs no torch."""
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import dpn_jax
 from dpn_jax import DPN, DPNConfig
+from dpn_jax.checkpoint.names import name_table, to_flax
+from dpn_jax.checkpoint.save import convert
 
 TINY = DPNConfig(
     depths=(2, 1),
@@ -43,6 +49,22 @@ def randomize(model: DPN, *, seed: int = 0) -> DPN:
     nnx.update(model, nnx.from_flat_state(drawn))
     model.eval()
     return model
+
+
+def save_timms_layout(config: DPNConfig, path: Path, *, seed: int = 0) -> Path:
+    """Writes random weights in timm's layout, as published."""
+    dpn_jax.save(randomize(DPN(config, rngs=None), seed=seed), path.with_suffix(".flax"))
+    convert(path.with_suffix(".flax"), path, to="timm")
+    return path
+
+
+def assert_timms_weights(model: DPN, state: Mapping[str, np.ndarray]) -> None:
+    """Every tensor of the model is that of timm's layout, to the bit."""
+    table = name_table(model.config)
+    assert {entry.timm for entry in table} == state.keys()
+    ours = values(model)
+    for entry in table:
+        np.testing.assert_array_equal(ours[entry.flax], to_flax(entry, state[entry.timm]), err_msg=entry.timm)
 
 
 def values(model: DPN) -> dict[str, np.ndarray]:
