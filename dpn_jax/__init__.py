@@ -1,22 +1,6 @@
 """Dual Path Networks in JAX and Flax NNX, from the weights that timm publishes."""
 
-import os
-import signal
-import sys
-from pathlib import Path
-
-_is_module = sys.argv[:1] == ["-m"] and "dpn_jax" in sys.orig_argv
-_is_command = _is_module or [Path(program).stem for program in sys.argv[:1]] == ["dpn-jax"]
-
-
-def _leave(number: int, _: object) -> None:
-    os._exit(128 + number)
-
-
-# the command ends at once if it gets a Ctrl-C while JAX is imported, which takes seconds; `main` sets this back
-if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, _leave)
-
+import dpn_jax.cli.early  # before anything that takes time: Ctrl-C during the imports
 from dpn_jax.checkpoint.load import from_pretrained as from_pretrained
 from dpn_jax.checkpoint.load import load as load
 from dpn_jax.checkpoint.save import save as save

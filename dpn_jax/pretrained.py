@@ -54,7 +54,7 @@ class Preprocessing:
         sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
         if not all(is_int(side) and side >= 32 for side in sides):
             raise ValueError(
-                f"image_size must be an integer of at least 32 pixels, or two (height, width), got {self.image_size!r}"
+                f"image_size must be an integer, or (height, width), of at least 32 pixels, got {self.image_size!r}"
             )
         if not _is_number(self.crop_fraction) or not 0 < self.crop_fraction <= 1:
             raise ValueError(f"crop_fraction must be in (0, 1], got {self.crop_fraction!r}")

@@ -5,7 +5,6 @@ import codecs
 import contextlib
 import logging
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -16,6 +15,7 @@ import flax
 import jax
 
 import dpn_jax
+from dpn_jax.cli import early
 from dpn_jax.cli.cache import keep_compiled
 from dpn_jax.cli.output import DONE, INTERRUPTED, NOTHING_DONE, SOME_FAILED, note
 from dpn_jax.cli.words import parse
@@ -45,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             keep_freed_memory()
         return command.run()
 
-    if signal.getsignal(signal.SIGINT) is dpn_jax._leave:  # while it was imported
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    early.restore()
     return guarded(run, arguments)
 
 

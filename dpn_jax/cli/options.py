@@ -53,7 +53,7 @@ class ModelOptions(Command):
     model: Annotated[str | None, option("TAG", f"{DEFAULT_TAG} without --weights")] = None
     """A pretrained tag or hub id; with --weights, the architecture and preprocessing of FILE."""
     weights: Annotated[str | None, option("FILE")] = None
-    """A file of weights, timm's or ours."""
+    """A file of weights, timm's or ours, or the folder of a finished fine-tuning run."""
     revision: Annotated[str | None, option("REVISION")] = None
     """Branch, tag or commit on the hub."""
     dtype: Dtype = "float32"

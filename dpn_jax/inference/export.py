@@ -108,15 +108,16 @@ def load_exported(path: str | Path) -> jax.export.Exported:
       `exported.platforms` and `exported.in_avals` are the platforms and the shapes it runs on.
 
     Raises:
-      ExportError: the file is missing, damaged, or from a newer JAX.
+      ExportError: the file is missing, damaged, or from a newer JAX, or a URL.
 
     Example:
       >>> load_exported("no-such-file.jaxexport")
       Traceback (most recent call last):
       dpn_jax.errors.ExportError: no-such-file.jaxexport: No such file or directory
     """
+    path = local_path(path, error=ExportError)
     try:
-        return jax.export.deserialize(bytearray(local_path(path, error=ExportError).read_bytes()))
+        return jax.export.deserialize(bytearray(path.read_bytes()))
     except OSError as error:
         raise ExportError(f"{shown(path)}: {reason(error)}") from error
     except Exception as error:  # on damaged files flatbuffers raises nearly anything

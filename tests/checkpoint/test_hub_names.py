@@ -14,6 +14,7 @@ import dpn_jax
 from dpn_jax.checkpoint.hub import locate
 from dpn_jax.checkpoint.save import convert
 from dpn_jax.checkpoint.timm_config import Described
+from dpn_jax.cli.options import ModelOptions
 from dpn_jax.pretrained import PRETRAINED, Preprocessing
 from tests.support.hub_server import CONFIG
 
@@ -162,6 +163,7 @@ def test_a_finished_run_is_a_model(tiny_file: Path, tmp_path: Path) -> None:
     dpn_jax.save(model, tmp_path / "model.safetensors")
     for loaded in (dpn_jax.from_pretrained(str(tmp_path)), dpn_jax.load(tmp_path)):
         assert loaded.provenance == model.provenance
+    assert ModelOptions(weights=str(tmp_path)).load()[1] == model.provenance.preprocessing
 
 
 @pytest.mark.parametrize("name", ["run", "runs/first", "dpn68.mx_in1k"])

@@ -85,7 +85,7 @@ def test_a_fixed_batch_and_the_weights_own_size(tmp_path: Path) -> None:
         ({"platforms": []}, "platforms must be one or more, without repeats, got"),
         ({"platforms": ["cpu", "cpu"]}, "platforms must be one or more, without repeats, got"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"image_size": 31}, "image_size must be at least 32 pixels, got 31"),
+        ({"image_size": 31}, "image_size must be an integer.* of at least 32 pixels, got 31"),
     ],
     ids=str,
 )
