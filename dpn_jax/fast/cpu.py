@@ -231,12 +231,16 @@ def max_pool(x: jax.Array) -> jax.Array:
     return functools.reduce(jnp.maximum, (tap.read(x) for tap in taps(height, width, 2)))
 
 
-@jax.custom_vjp
 def fork(x: Features) -> tuple[Features, Features]:
     """`operations.fork`, whose gradients are added where XLA's CPU compiler cannot fuse the sum.
 
     Otherwise it computes the gradient of the residual path anew in each block, from those of all later blocks.
     """
+    return _fork(x)  # objects with a custom VJP can be neither copied nor pickled, so operations are functions
+
+
+@jax.custom_vjp
+def _fork(x: Features) -> tuple[Features, Features]:
     return x, x
 
 
@@ -252,4 +256,4 @@ def _add_trees(x: Features, y: Features) -> Features:
     return jax.tree.map(jnp.add, x, y)
 
 
-fork.defvjp(_fork_forward, _fork_backward)
+_fork.defvjp(_fork_forward, _fork_backward)

@@ -6,7 +6,7 @@ around it.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -55,7 +55,16 @@ class Forward:
 
     def __init__(self, params: Any, *, compiler_options: Mapping[str, str] | None = None) -> None:
         self.params = params
-        self.jitted = jax.jit(self.apply, compiler_options=dict(compiler_options or {}))
+        self.compiler_options = dict(compiler_options or {})
+
+    @functools.cached_property
+    def jitted(self) -> Callable[[Any, jax.Array], jax.Array]:
+        """`apply`, jitted."""
+        return jax.jit(self.apply, compiler_options=self.compiler_options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is compiled, which can be neither copied nor pickled."""
+        return {name: value for name, value in vars(self).items() if name != "jitted"}
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps `[B, H, W, C]` to logits `[B, num_classes]`, as the model does."""

@@ -1,6 +1,9 @@
+import copy
 import dataclasses
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -26,6 +29,18 @@ def error(model: dpn_jax.DPN, images: jax.Array, backend: str) -> float:
     got = np.asarray(dpn_jax.fast_forward(model, backend=backend)(images), np.float64)
     assert got.shape == expected.shape
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("backend", PLANS)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda forward: pickle.loads(pickle.dumps(forward))])
+def test_it_can_be_copied_and_sent_to_another_process(backend: str, duplicate: Callable[..., Callable]) -> None:
+    forward = dpn_jax.fast_forward(dpn_jax.create_model(TINY), backend=backend)
+    other = duplicate(forward)
+    assert other.plan == forward.plan
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    assert jax.eval_shape(other.jitted, other.params, images).shape == (1, 5)
+    for ours, theirs in zip(jax.tree.leaves(forward.params), jax.tree.leaves(other.params), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 HEADS = [
