@@ -92,7 +92,7 @@ def promised_sha256(path: Path) -> str | None:
 
 
 def _looks_like_file(name: str) -> bool:
-    return name.endswith((".safetensors", ".json", ".pth", ".pt", ".bin", ".tar")) or name.startswith(
+    return name.endswith((".safetensors", ".json", ".pth", ".pt", ".bin", ".ckpt", ".tar")) or name.startswith(
         ("/", "./", "../")
     )
 

@@ -34,7 +34,9 @@ def test_an_unknown_name_is_refused(name: str) -> None:
         locate(name)
 
 
-@pytest.mark.parametrize("name", ["x" * 5000, "no/such.safetensors", "./nothing", "/nothing", "a\0b.pth", ""])
+@pytest.mark.parametrize(
+    "name", ["x" * 5000, "no/such.safetensors", "no/such.ckpt", "./nothing", "/nothing", "a\0b.pth", ""]
+)
 def test_a_path_that_cannot_be_read_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(dpn_jax.CheckpointError):
