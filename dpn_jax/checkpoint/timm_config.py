@@ -53,7 +53,7 @@ def read_timm_config(path: Path) -> Described:
         config = json.loads(path.read_bytes())
         if not isinstance(config, dict):
             raise ValueError(f"it holds a {type(config).__name__}")
-        if config.keys() >= {"config", "source", "preprocessing", "images"}:  # dpn_jax.finetune.report.Record
+        if config.keys() >= {"config", "source", "preprocessing", "class_names"}:  # dpn_jax.finetune.record.Record
             return Described()
         fields, args = _get(config, "pretrained_cfg", dict, config), _get(config, "model_args", dict, {})
         variant = _get(config, "architecture", str, None)

@@ -154,7 +154,7 @@ def test_a_revision_without_meaning(kind: str, here: Path, tiny_file: Path) -> N
 def write_run(folder: Path) -> None:
     """As much of a run as is looked at."""
     (folder / "checkpoints").mkdir()
-    record = {"config": {}, "source": "a", "architecture": {}, "preprocessing": {}, "class_names": [], "images": {}}
+    record = {"config": {}, "source": "a", "architecture": {}, "preprocessing": {}, "class_names": []}
     (folder / "config.json").write_text(json.dumps(record))
 
 

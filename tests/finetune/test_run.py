@@ -109,6 +109,12 @@ def test_the_weights_name_the_users_classes(finished: Finetuned, images: Path) -
     assert best.label in COLORS
 
 
+def test_a_finished_run_is_a_model(finished: Finetuned) -> None:
+    ours, file = dpn_jax.from_pretrained(finished.output), dpn_jax.load(finished.weights)
+    assert ours.provenance == file.provenance
+    assert np.array_equal(ours.classifier.kernel.get_value(), file.classifier.kernel.get_value())
+
+
 def test_the_weights_are_the_moving_average(finished: Finetuned) -> None:
     model, values = dpn_jax.load(finished.weights), checkpoint_values(finished.output, finished.best["step"])
     for part, name in ((model.classifier.kernel, "0/classifier/kernel"), (model.norm.var, "1/norm/var")):
