@@ -13,7 +13,7 @@ from flax import nnx
 
 from dpn_jax.checkpoint.load import from_pretrained
 from dpn_jax.config import VARIANTS, DPNConfig, variant_of
-from dpn_jax.errors import DataError, shown
+from dpn_jax.errors import DataError, local_path, shown
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.data import find_broken
 from dpn_jax.finetune.loop import CHECKPOINTS
@@ -88,7 +88,7 @@ def new(output: Path, config: FinetuneConfig | None, given: Given, say: Callable
       CheckpointError, ValueError: the model cannot be loaded.
     """
     config = config or FinetuneConfig()
-    root = Path(given.folder)
+    root = local_path(given.folder, error=DataError)
     images = Images(*image_folders(root, val_fraction=config.val_fraction, seed=config.seed))
     names = images.train.class_names
     start = initial_model(given.source, config, names, model=given.model, revision=given.revision, note=say)
@@ -124,7 +124,7 @@ def resumed(output: Path, config: FinetuneConfig | None, given: Given, say: Call
     saved = Record.from_json(output, on_first(lambda: read_record(output)))
     # process 0's options count for all: perhaps only it sees the run's folder
     config = config_from_json(on_first(lambda: dataclasses.asdict(saved.continued(output, config, given.start, say))))
-    root = Path(given.folder or saved.folder).absolute()
+    root = local_path(given.folder or saved.folder, error=DataError).absolute()
     now = image_folders(root, val_fraction=config.val_fraction, seed=config.seed)
     present = {file for split in now for file in split.files}
     images = Images(**find_images(on_first(lambda: read_images(output)), root, present, say))
