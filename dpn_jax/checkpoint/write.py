@@ -1,6 +1,7 @@
 """Files written atomically: safetensors, and any other; where they may be written."""
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -92,10 +93,9 @@ def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     Raises:
       OSError: it cannot be written.
     """
-    try:
-        path = path.resolve()
-    except RuntimeError as error:  # Python 3.11 and 3.12 on a circle of links
-        raise OSError(str(error)) from error
+    path = Path(os.path.realpath(path))  # Path.resolve raises on a circle of links, but not since Python 3.13
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     temporary = path.with_name(f".dpn_jax-{secrets.token_hex(8)}.tmp")  # the longest legal name has no room for more
     try:
         with temporary.open("xb") as file:
