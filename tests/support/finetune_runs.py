@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +60,12 @@ class Runs:
 
     def start(self, output: Path, *options: object, **environment: str) -> subprocess.Popen[str]:
         """Starts the command."""
+        return self.call(self.words(output, *options), **environment)
+
+    def call(self, words: Sequence[str], **environment: str) -> subprocess.Popen[str]:
+        """Starts `dpn-jax` with these words."""
         return subprocess.Popen(
-            [sys.executable, "-m", "dpn_jax", *self.words(output, *options)],
+            [sys.executable, "-m", "dpn_jax", *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
