@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,8 @@ _FREE = frozenset({"epochs", "workers", "keep", "checkpoint_every", "skip_broken
 """Options that may differ when a run is resumed."""
 _MOST_MISSING = 0.1
 """The largest fraction of a run's images that may be gone: beyond it, the folder is another one."""
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+"""What a file system says that has no locks; a run in it goes without."""
 _VERSIONS = ("dpn-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 
 
@@ -119,12 +122,12 @@ def opened(output: Path, *, resume: bool) -> Iterator[None]:
             hint = "continue it with --resume (resume=True), or " if has_run else ""
             raise RunError(f"{shown(output)}: already exists; {hint}choose another --output")
         output.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(NotImplementedError):  # a file system without locks
-            lock.acquire(timeout=0)
+        lock.acquire(timeout=0)
     except filelock.Timeout:
         raise RunError(f"{shown(output)}: another process is training in it; wait for its end, or stop it") from None
     except OSError as error:
-        raise RunError(f"{shown(output)}: cannot be created ({reason(error)})") from error
+        if error.errno not in _NO_LOCKS:
+            raise RunError(f"{shown(output)}: cannot be created ({reason(error)})") from error
     try:
         if not resume and any(entry.name != LOCK for entry in output.iterdir()):
             raise RunError(f"{shown(output)}: already exists; choose another --output")

@@ -1,7 +1,9 @@
 """What a run keeps in its folder about itself, and what it may be continued with."""
 
 import dataclasses
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,16 @@ def test_one_process_at_a_time(record: Record, tmp_path: Path) -> None:
         pass
     with pytest.raises(RunError, match="already exists; continue it with --resume"), opened(tmp_path, resume=False):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def acquire(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    with opened(tmp_path / "run", resume=False):
+        assert (tmp_path / "run").is_dir()
 
 
 def test_a_run_that_does_not_start_leaves_nothing_behind(tmp_path: Path) -> None:
