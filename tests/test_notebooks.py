@@ -29,6 +29,7 @@ def test_text_and_notebook_agree(path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.notebook
 @pytest.mark.optimized
 @pytest.mark.filterwarnings("ignore")  # of the Jupyter machinery; the notebook runs in a process of its own
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from dpn_jax.config import DPNConfig
-from dpn_jax.errors import RunError, reason, shown
+from dpn_jax.errors import RunError, reason, shortened, shown
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.images.splits import ImageFolder
 from dpn_jax.pretrained import Preprocessing
@@ -234,8 +234,7 @@ def _as_tuple(value: object) -> object:
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shortened(json.dumps(value), 200)
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
