@@ -56,17 +56,17 @@ def parse(words: Sequence[str]) -> Command:
     except SystemExit as stop:
         if not stop.code:
             raise
-    message = in_one_line(said.getvalue())
+    message = unboxed(said.getvalue())
     names = [word.split("=")[0] for word in words[1:]] if words[:1] == ["finetune"] else []
     hints = [f"timm's {name} is {TIMM_OPTIONS[name]} here" for name in names if name in TIMM_OPTIONS]
     raise ValueError("; ".join([*hints, message]))
 
 
-def in_one_line(box: str) -> str:
-    """The text in a box of tyro's, whose first line is a title and whose sections are divided by rules.
+def unboxed(box: str) -> str:
+    """The text in a box of tyro's on one line, whose first line is a title and whose sections are divided by rules.
 
     Example:
-      >>> print(in_one_line("╭─ Wrong ─────╮\\n│ No --lr.    │\\n│ ─────────── │\\n│ See --help. │\\n╰─────────────╯"))
+      >>> print(unboxed("╭─ Wrong ─────╮\\n│ No --lr.    │\\n│ ─────────── │\\n│ See --help. │\\n╰─────────────╯"))
       No --lr; See --help
     """
     box = re.sub(r"\x1b\[[0-9;]*m", "", box)

@@ -112,9 +112,9 @@ def opened(output: Path, *, resume: bool) -> Iterator[None]:
     """
     import filelock
 
+    if resume:
+        read_record(output)  # raises where there is none
     has_run = (output / RECORD).exists()
-    if resume and not has_run:
-        raise RunError(f"{shown(output)}: no run to resume (no {RECORD} in it); drop --resume to start one")
     lock = filelock.FileLock(output / LOCK)
     created = not output.exists()
     try:

@@ -21,9 +21,9 @@ from dpn_jax.finetune.loop import Training, catch_interruption
 from dpn_jax.finetune.metrics import Row
 from dpn_jax.finetune.multihost import data_mesh, is_first, on_first, replicate
 from dpn_jax.finetune.optimizer import learning_rate, make_optimizer
-from dpn_jax.finetune.record import Record, opened, read_record, write_record
+from dpn_jax.finetune.record import opened, write_record
 from dpn_jax.finetune.report import CURVES, METRICS, plot_curves, read_metrics
-from dpn_jax.finetune.start import Given, Images, new, resumed
+from dpn_jax.finetune.start import Given, Images, Start, new, resumed
 from dpn_jax.finetune.step import TrainState
 from dpn_jax.model import DPN
 
@@ -119,7 +119,7 @@ def finetune(
             f"images; {training.steps.total} steps{updates} on {mesh.size} {'device' if mesh.size == 1 else 'devices'}"
         )
         if resume:
-            _restore(training, record, say)
+            _restore(training, start, say)
         if not training.run(progress=progress):
             say(f"stopped after step {training.step} of {training.steps.total}; checkpoint {training.saved} is saved")
             by = interruption.signal or signal.SIGTERM  # which another process has got
@@ -132,21 +132,18 @@ def finetune(
         return Finetuned(output, output / WEIGHTS, training.step, training.steps.total, training.best)
 
 
-def _restore(training: Training, record: Record, say: Callable[[str], None]) -> None:
+def _restore(training: Training, start: Start, say: Callable[[str], None]) -> None:
     """Restores the newest checkpoint of a run and writes down its options from here on."""
     found = training.restore()
-    done, steps = training.step, training.steps
+    done, steps, config = training.step, training.steps, start.record.config
     if done > steps.total:
         epochs = math.ceil(done / steps.per_epoch)
         raise RunError(f"{training.output}: {epochs} epochs are done already; --epochs must be at least {epochs}")
-    old = on_first(lambda: read_record(training.output))["config"]["epochs"]
-    on_first(lambda: write_record(training.output, record))
+    on_first(lambda: write_record(training.output, start.record))
     say(f"resuming from step {done}" if found else "no checkpoint yet: starting from the beginning")
-    if record.config.epochs != old and done < steps.total:
-        rate = learning_rate(record.config, steps_per_epoch=steps.updates / record.config.epochs)(
-            steps.updates_at(done)
-        )
-        say(f"the learning rate follows the schedule of {record.config.epochs} epochs: it is {float(rate):.3g} here")
+    if config.epochs != start.before.config.epochs and done < steps.total:
+        rate = learning_rate(config, steps_per_epoch=steps.updates_per_epoch)(steps.updates_at(done))
+        say(f"the learning rate follows the schedule of {config.epochs} epochs: it is {float(rate):.3g} here")
 
 
 def _check_installed() -> None:

@@ -69,6 +69,8 @@ class Start(NamedTuple):
     model: DPN
     broken: Mapping[str, str] = MappingProxyType({})
     """The reason for each file that is left out of a new run because it cannot be read."""
+    before: Record | None = None
+    """The record of a resumed run as it was."""
 
     def write(self, output: Path) -> None:
         """Writes the record and the images of a new run.
@@ -140,7 +142,7 @@ def resumed(output: Path, config: FinetuneConfig | None, given: Given, say: Call
         note=logger.debug,
     )
     start.provenance = Provenance(saved.source, None, saved.preprocessing, saved.class_names)
-    return Start(dataclasses.replace(saved, config=config, folder=str(root)), images, start)
+    return Start(dataclasses.replace(saved, config=config, folder=str(root)), images, start, before=saved)
 
 
 def initial_model(
