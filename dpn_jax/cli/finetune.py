@@ -15,10 +15,10 @@ from dpn_jax.cli.options import Command
 from dpn_jax.cli.output import DONE, INTERRUPTED, TERMINATED, note, text_table
 from dpn_jax.errors import RunError, shown
 from dpn_jax.finetune.config import FinetuneConfig
-from dpn_jax.finetune.multihost import connect, is_first
 from dpn_jax.finetune.record import Record, read_record
 from dpn_jax.finetune.report import CURVES, EVENTS, METRICS, read_metrics
 from dpn_jax.finetune.run import Finetuned, finetune
+from dpn_jax.multihost import connect, is_first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
