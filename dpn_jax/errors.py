@@ -99,6 +99,10 @@ class ImageError(ValueError):
     """An image or a folder of images cannot be read; the message is one printable line that names it."""
 
 
+class PackError(ValueError):
+    """Images cannot be packed; the message is one line that names the folder or the file."""
+
+
 class ExportError(ValueError):
     """A model cannot be exported, or an exported model not read; the message is one line that names the file."""
 
