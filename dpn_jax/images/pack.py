@@ -159,11 +159,10 @@ def _agree(folder: Path, plan: dict[str, Any]) -> None:
         try:
             before = json.loads((folder / name).read_text("utf-8"))
             before = before if name == PLAN else before["plan"]
-        except FileNotFoundError:
+            different = [key for key in plan if before[key] != plan[key]]
+        except (FileNotFoundError, ValueError, LookupError, TypeError):  # of damaged ones, the shards say what they are
             continue
-        except (ValueError, KeyError, TypeError) as error:
-            raise PackError(f"{shown(folder / name)}: damaged ({reason(error)}); choose another DESTINATION") from error
-        if different := [key for key in plan if before.get(key) != plan[key]]:
+        if different:
             what = " and ".join(dict.fromkeys(_DIFFERENCES[key] for key in different))
             raise PackError(f"{shown(folder)}: was packed with other {what}; choose another DESTINATION, or remove it")
         return
@@ -269,9 +268,9 @@ class _Shards:
         return Record(label, self.names[index], self._size(index), image)
 
     def _size(self, index: int) -> int:
-        """Bytes of an image's file; -1 if it is gone."""
-        source, _ = self.images[index]
+        """Bytes of an image's file; 0 if it is gone."""
         try:
+            source, _ = self.images[index]
             return len(source) if isinstance(source, bytes) else Path(source).stat().st_size
-        except OSError:
-            return -1
+        except (OSError, ImageError):
+            return 0

@@ -55,7 +55,7 @@ class PackedImages(Sequence[tuple[bytes | np.ndarray, int]]):
     Example:
       >>> PackedImages("no-such-folder")
       Traceback (most recent call last):
-      dpn_jax.errors.ImageError: no-such-folder: has no manifest.json; run the same dpn-jax pack again
+      dpn_jax.errors.ImageError: no-such-folder: no packed images (no manifest.json in it)
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:

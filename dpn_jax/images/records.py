@@ -162,8 +162,9 @@ class Manifest:
         except ImageError:
             raise
         except FileNotFoundError:
-            what = "has not been packed to its end" if (folder / PLAN).exists() else f"has no {MANIFEST}"
-            raise ImageError(f"{shown(folder)}: {what}; run the same dpn-jax pack again") from None
+            unfinished = "has not been packed to its end; run the same dpn-jax pack again"
+            why = unfinished if (folder / PLAN).exists() else f"no packed images (no {MANIFEST} in it)"
+            raise ImageError(f"{shown(folder)}: {why}") from None
         except OSError as error:
             raise ImageError(f"{shown(path)}: cannot be read ({reason(error)})") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
