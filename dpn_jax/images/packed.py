@@ -1,6 +1,7 @@
 """Reads a packed folder: photos or crops, by index, from ArrayRecord shards."""
 
 import bisect
+import dataclasses
 import functools
 import itertools
 import os
@@ -12,6 +13,7 @@ import numpy as np
 
 from dpn_jax.errors import ImageError, local_path, reason, shown
 from dpn_jax.images.records import MANIFEST, PLAN, ImageBytes, Manifest, Record, array_record
+from dpn_jax.pretrained import Preprocessing
 
 
 def is_packed(folder: str | os.PathLike) -> bool:
@@ -115,6 +117,28 @@ class PackedImages(Sequence[tuple[bytes | np.ndarray, int]]):
             raise ImageError(f"{shown(file)}: not in the packed folder")
         return self[self._indices[file]][0]
 
+    def check_geometry(self, wanted: Preprocessing) -> None:
+        """Checks that crops are those that a model needs.
+
+        Args:
+          wanted: the preprocessing of the model.
+
+        Raises:
+          ImageError: they have another size, were resized or cropped otherwise, or have other channels.
+        """
+        given, needed = (_geometry(settings) for settings in (self.preprocessing, wanted))
+        if different := [name for name in given if given[name] != needed[name]]:
+            sides = (", ".join(f"{name} {values[name]}" for name in different) for values in (given, needed))
+            raise ImageError(
+                "{}: its crops have {}, but {} is needed; pack the photos again with the --model and --image-size of "
+                "the weights, or without --crops".format(shown(self.folder), *sides)
+            )
+
+    @functools.cached_property
+    def identity(self) -> bytes:
+        """Names and classes of the images, in their order."""
+        return identity(self.files, self.labels)
+
     @functools.cached_property
     def _indices(self) -> Mapping[str, int]:
         return {file: index for index, file in enumerate(self.files)}
@@ -148,3 +172,23 @@ class PackedImages(Sequence[tuple[bytes | np.ndarray, int]]):
         if found < size:
             return f"the shard is truncated: {found:,} of {size:,} bytes"
         return reason(error) if type(error) is ValueError else f"damaged ({reason(error)})"
+
+
+def identity(files: Sequence[str], labels: Sequence[int]) -> bytes:
+    """Names and classes of images, in their order; where they are makes no difference.
+
+    Example:
+      >>> identity(["cats/1.png"], [0])
+      b'0/1.png\\x00'
+    """
+    return b"".join(
+        b"%d/%s\0" % (label, os.fsencode(Path(file).name)) for file, label in zip(files, labels, strict=True)
+    )
+
+
+def _geometry(settings: Preprocessing) -> dict[str, object]:
+    """What crops depend on."""
+    fields = dataclasses.asdict(settings)
+    border = fields["mean"] if settings.crop_mode == "border" else None
+    names = ("image_size", "crop_fraction", "interpolation", "crop_mode")
+    return {name: fields[name] for name in names} | {"channels": len(settings.mean), "border color": border}

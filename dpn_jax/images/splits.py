@@ -11,7 +11,7 @@ from typing import Literal
 
 from dpn_jax.errors import DataError, ImageError, local_path, reason, shown
 from dpn_jax.images.folders import Walk, class_folders, natural_key
-from dpn_jax.images.packed import PackedImages, is_packed
+from dpn_jax.images.packed import PackedImages, identity, is_packed
 from dpn_jax.images.read import ImageSource
 from dpn_jax.pretrained import Preprocessing
 
@@ -57,8 +57,7 @@ class ImageFolder:
     @property
     def identity(self) -> bytes:
         """Names and classes of the images, in their order; where they are makes no difference."""
-        pairs = zip(self.files, self.labels, strict=True)
-        return b"".join(b"%d/%s\0" % (label, os.fsencode(Path(file).name)) for file, label in pairs)
+        return identity(self.files, self.labels)
 
     def without(self, files: Collection[str]) -> "ImageFolder":
         """The same without some of the files, such as those that `find_broken` found.
