@@ -17,7 +17,7 @@ class Pack(Command):
     """Pack images into ArrayRecord shards, which finetune, evaluate and classify read in place of folders."""
 
     data: Annotated[str, tyro.conf.Positional, option("DATA")]
-    """Holds one folder of images per class; or a CSV file whose columns image and label have paths and class names."""
+    """Holds one folder of images per class; or a file *.csv whose columns image and label have paths and class names."""
     destination: Annotated[str, tyro.conf.Positional, option("DESTINATION")]
     """The folder to write. The same command again goes on where it was interrupted, and repairs damaged shards."""
     crops: bool = False

@@ -85,7 +85,7 @@ def pack(
     images = list_images(root)
     if images.preprocessing:
         raise PackError(f"{shown(root)}: holds crops already; name the folder with the photos")
-    names = _names(images, root if root.is_dir() else root.parent)
+    names = _names(images, root.parent if root.is_file() else root)
     transform = None if crops is None else Transform(crops)
     plan = {
         "data": str(root.absolute()),
@@ -112,7 +112,7 @@ def pack(
 def _names(images: ImageFolder, root: Path) -> tuple[str, ...]:
     """Each image's path from the data's folder, and never an absolute one."""
     root = root.absolute()
-    paths = (Path(file) for file in images.files)
+    paths = (Path(file).absolute() for file in images.files)
     return tuple(
         (path.relative_to(root) if path.is_relative_to(root) else path).as_posix().lstrip("/") for path in paths
     )

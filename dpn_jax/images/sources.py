@@ -2,12 +2,12 @@
 
 import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from dpn_jax.errors import ImageError, reason
+from dpn_jax.errors import ImageError, reason, shown
 from dpn_jax.images.packed import PackedImages
 from dpn_jax.images.read import ImageSource, source_name
 from dpn_jax.images.records import ImageBytes
@@ -58,7 +58,7 @@ def labeled_image(source: LabeledImages, index: int) -> tuple[ImageSource, int]:
         label = -1
     if label < 0:
         raise ImageError(f"item {index}: its label must be the index of a class, from 0")
-    return image, label
+    return ImageBytes(image, f"item {index}") if type(image) is bytes else image, label
 
 
 def prepared(source: LabeledImages, index: int, prepare: Callable[[ImageSource], np.ndarray]) -> tuple[np.ndarray, int]:
@@ -94,13 +94,8 @@ class AsCropped(Transform):
         return source
 
 
-def transform_for(source: LabeledImages, preprocessing: Preprocessing, *, exif: bool = False) -> Transform:
+def transform_for(source: LabeledImages, preprocessing: Preprocessing) -> Transform:
     """The transform of a source's images: crops that are packed stay as they are.
-
-    Args:
-      source: the images.
-      preprocessing: how they are to be prepared.
-      exif: apply the EXIF orientation of photos; crops have none.
 
     Raises:
       ImageError: its crops have another geometry.
@@ -110,8 +105,58 @@ def transform_for(source: LabeledImages, preprocessing: Preprocessing, *, exif: 
       >>> type(transform_for([("cat.jpg", 0)], Preprocessing()))
       <class 'dpn_jax.images.transform.Transform'>
     """
+    transform = Transform(preprocessing)
+    return AsCropped(preprocessing) if are_crops(source, transform) else transform
+
+
+def are_crops(source: LabeledImages, transform: Transform) -> bool:
+    """Whether a source has packed crops, and checks that they are what a transform would make.
+
+    Raises:
+      ImageError: its crops have another geometry, or were made without the EXIF orientation that is asked for.
+
+    Example:
+      >>> are_crops([("cat.jpg", 0)], Transform(Preprocessing()))
+      False
+    """
     packed = source if isinstance(source, PackedImages) else getattr(source, "packed", None)
     if packed is None or packed.preprocessing is None:
-        return Transform(preprocessing, exif=exif)
-    packed.check_geometry(preprocessing)
-    return AsCropped(preprocessing)
+        return False
+    packed.check_geometry(transform.preprocessing)
+    if transform.exif:
+        raise ImageError(
+            f"{shown(packed.folder)}: its crops were made without the EXIF orientation; go without --exif (exif=True), "
+            "or pack the photos without --crops"
+        )
+    return True
+
+
+class Unlabeled(Sequence[ImageSource | ImageError]):
+    """The images of a source alone, as `Classifier.stream` takes them; for an item that cannot be read, why.
+
+    Args:
+      source: the images.
+
+    Attributes:
+      labels: classes of the items that have been asked for, by index.
+
+    Example:
+      >>> images = Unlabeled([("cat.jpg", 0), None])
+      >>> list(images), images.labels
+      (['cat.jpg', ImageError('item 1: expected an image and its label, got NoneType')], {0: 0})
+    """
+
+    def __init__(self, source: LabeledImages) -> None:
+        self.source = source
+        self.labels: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> ImageSource | ImageError:
+        index = range(len(self))[index]
+        try:
+            image, self.labels[index] = labeled_image(self.source, index)
+        except ImageError as error:
+            return error
+        return image

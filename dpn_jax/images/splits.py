@@ -182,11 +182,12 @@ def list_images(path: str | os.PathLike) -> ImageFolder:
     """Lists the images of class folders, of a packed folder or of a CSV file; no image is opened.
 
     Args:
-      path: a folder as for `class_folders`; one that `dpn-jax pack` has written; or a CSV file whose columns `image`
-        and `label` have each image's path, from the file's folder, and the name of its class.
+      path: a folder as for `class_folders`; one that `dpn-jax pack` has written; or a file `*.csv`, whose columns
+        `image` and `label` have each image's path, from the file's folder, and the name of its class.
 
     Returns:
-      The images, with at least one class; the classes in the natural order of their names (2 before 10).
+      The images, as paths that begin with `path` (absolute ones, if they are packed), with at least one class; the
+      classes in the natural order of their names (2 before 10).
 
     Raises:
       ImageError: `class_folders` fails, the packed folder's manifest or the CSV file cannot be read, or a line of that
@@ -195,13 +196,13 @@ def list_images(path: str | os.PathLike) -> ImageFolder:
     Example:
       >>> list_images("no-such.csv")
       Traceback (most recent call last):
-      dpn_jax.errors.ImageError: no-such.csv: no such folder
+      dpn_jax.errors.ImageError: no-such.csv: cannot be read (No such file or directory)
     """
     root = local_path(path, error=ImageError)
     if is_packed(root):
         packed = PackedImages(root)
         return ImageFolder(packed.class_names, packed.files, packed.labels, packed=packed)
-    if root.is_file():
+    if root.suffix.lower() == ".csv" and not root.is_dir():
         return _from_csv(root)
     classes = class_folders(root)
     return _labeled([(file, name) for name, files in classes.items() for file in files])
@@ -211,7 +212,7 @@ def _labeled(pairs: Sequence[tuple[Path, str]]) -> ImageFolder:
     """From each image and the name of its class."""
     names = tuple(sorted({name for _, name in pairs}, key=natural_key))
     index = {name: label for label, name in enumerate(names)}
-    return ImageFolder(names, tuple(str(file.absolute()) for file, _ in pairs), tuple(index[name] for _, name in pairs))
+    return ImageFolder(names, tuple(str(file) for file, _ in pairs), tuple(index[name] for _, name in pairs))
 
 
 def _from_csv(path: Path) -> ImageFolder:
@@ -259,7 +260,7 @@ def _two_or_more_classes(root: Path) -> ImageFolder:
         raise DataError(str(error)) from error
     if len(images.class_names) == 1:
         raise DataError(f"{shown(root)}: one class only, {shown(Path(*images.class_names))}; there must be two or more")
-    return images
+    return dataclasses.replace(images, files=tuple(str(Path(file).absolute()) for file in images.files))
 
 
 def _held_out(images: ImageFolder, root: Path, fraction: float, seed: int) -> set[int]:
