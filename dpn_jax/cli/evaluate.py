@@ -28,8 +28,8 @@ class Evaluate(ClassifierOptions):
     """Measure top-1 and top-5 accuracy on labeled images."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Holds one folder of images per class, named by label, WordNet synset or class index; or a folder that `dpn-jax
-    pack` has written; or a file *.csv whose columns image and label have paths and such names."""
+    """Holds one folder of images per class, named by label, WordNet synset or class index; or was written
+    by `dpn-jax pack`; or is a file *.csv with columns image (paths) and label (such names)."""
     format: Format = "table"
     """table for people; json or csv for programs."""
 

@@ -14,10 +14,10 @@ from dpn_jax.images.transform import preprocessing
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pack(Command):
-    """Pack images into ArrayRecord shards, which finetune, evaluate and classify read in place of folders."""
+    """Pack images into shards (ArrayRecord), which are read faster than files."""
 
     data: Annotated[str, tyro.conf.Positional, option("DATA")]
-    """Holds one folder of images per class; or a file *.csv whose columns image and label have paths and class names."""
+    """Holds one folder of images per class; or is a file *.csv with columns image (paths) and label (class names)."""
     destination: Annotated[str, tyro.conf.Positional, option("DESTINATION")]
     """The folder to write. The same command again goes on where it was interrupted, and repairs damaged shards."""
     crops: bool = False
