@@ -1,9 +1,12 @@
 """Every exception of the package; how a reason and a path are printed on one line; URLs, refused."""
 
+import errno
 import os
 import re
 from pathlib import Path
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+"""What a file system says that has no locks; what is written there goes without."""
 _SYSTEM_ERRORS = ("No space left on device", "File too large", "Disk quota exceeded", "Permission denied")
 _MOST = 200  # characters of a name or a reason
 

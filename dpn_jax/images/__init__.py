@@ -1,2 +1,4 @@
-"""From photos to arrays: `read`, `transform`; class names: `labels`; which files: `folders`, `splits`, `sources`; packed:
-`records`, `packed`, `pack`."""
+"""From photos to arrays: `read`, `transform`; names of classes: `labels`; which images: `folders`, `splits`, `sources`.
+
+Packed images: `records`, `packed`, `pack`.
+"""

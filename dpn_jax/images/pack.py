@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpn_jax.checkpoint.write import write_atomically
-from dpn_jax.errors import ImageError, PackError, local_path, reason, shown
+from dpn_jax.errors import NO_LOCKS, ImageError, PackError, local_path, reason, shown
 from dpn_jax.images.packed import is_packed
 from dpn_jax.images.read import read_image
 from dpn_jax.images.records import MANIFEST, PLAN, Manifest, Record, Shard, array_record
@@ -47,7 +47,7 @@ def pack(
     crops: Preprocessing | None = None,
     shard_size: int = SHARD_SIZE,
     workers: int = 2,
-    progress: Callable[[Iterable[Shard], int], Iterable[Shard]] = lambda shards, total: shards,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda shards, total: shards,
 ) -> Packed:
     """Packs images into shards that are read much faster than files: `PackedImages`.
 
@@ -82,6 +82,8 @@ def pack(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     root, folder = local_path(data, error=ImageError), local_path(destination, error=PackError)
     array_record()
+    if folder.absolute().is_relative_to(root.absolute()):
+        raise PackError(f"{shown(folder)}: lies in DATA, whose folders are classes; choose another DESTINATION")
     images = list_images(root)
     if images.preprocessing:
         raise PackError(f"{shown(root)}: holds crops already; name the folder with the photos")
@@ -90,9 +92,10 @@ def pack(
     plan = {
         "data": str(root.absolute()),
         "digest": _digest(images, names),
-        "crops": None if crops is None else json.loads(json.dumps(dataclasses.asdict(crops))),
+        "crops": None if crops is None else dataclasses.asdict(crops),
         "shard_size": shard_size,
     }
+    plan = json.loads(json.dumps(plan))  # tuples are lists, as in the one that is read
     with _opened(folder, plan):
         shards, broken = [], {}
         source = _Shards(folder, images, names, transform, shard_size)
@@ -140,14 +143,19 @@ def _opened(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
         if folder.is_dir() and not is_packed(folder) and any(path.name != _LOCK for path in folder.iterdir()):
             raise PackError(f"{shown(folder)}: not empty, and not packed images; choose another DESTINATION")
         folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / _LOCK).acquire(timeout=0):
-            _agree(folder, plan)
+        with contextlib.ExitStack() as stack:
             try:
-                yield
-            finally:
-                _remove_temporary(folder)
-    except filelock.Timeout:
-        raise PackError(f"{shown(folder)}: another process packs into it; wait for its end, or stop it") from None
+                stack.enter_context(filelock.FileLock(folder / _LOCK).acquire(timeout=0))
+            except filelock.Timeout:
+                raise PackError(
+                    f"{shown(folder)}: another process packs into it; wait for its end, or stop it"
+                ) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+            _agree(folder, plan)
+            stack.callback(_remove_temporary, folder)
+            yield
     except OSError as error:
         raise PackError(f"{shown(error.filename or folder)}: cannot be written ({reason(error)})") from error
 
@@ -244,6 +252,8 @@ class _Shards:
                 with temporary.open("rb") as file:
                     os.fsync(file.fileno())
                 temporary.replace(path)
+            else:
+                path.unlink(missing_ok=True)
         except (OSError, RuntimeError) as error:
             raise PackError(
                 f"{shown(path)}: cannot be written ({reason(error)}); run the same command again"
@@ -265,7 +275,8 @@ class _Shards:
         except ImageError as error:
             broken[self.names[index]] = str(error)
             return None
-        return Record(label, self.names[index], self._size(index), image)
+        size = len(image) if isinstance(image, bytes) else self._size(index)
+        return Record(label, self.names[index], size, image)
 
     def _size(self, index: int) -> int:
         """Bytes of an image's file; 0 if it is gone."""

@@ -279,7 +279,8 @@ def _held_out(images: ImageFolder, root: Path, fraction: float, seed: int) -> se
     for label, indices in of_class.items():
         if len(indices) < 2:
             folder = shown(root / images.class_names[label])
-            raise DataError(f"{folder}: one image is too few to split; add some, or make folders train/ and val/")
+            few = "one image is" if indices else "no images are"
+            raise DataError(f"{folder}: {few} too few to split; add some, or make folders train/ and val/")
         count = min(max(round(len(indices) * fraction), 1), len(indices) - 1)
         held_out.update(sorted(indices, key=digest)[:count])
     return held_out

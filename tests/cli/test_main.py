@@ -333,7 +333,7 @@ def test_pack_then_evaluate(run: Run, weights: Path, classes: Path, tmp_path: Pa
     [
         (("none", "packed"), "none: no such folder"),
         (("photos/b.jpg", "packed"), "b.jpg: is not a folder"),
-        (("photos", "photos"), "photos: not empty, and not packed images; choose another DESTINATION"),
+        (("photos", "photos"), "photos: lies in DATA, whose folders are classes; choose another DESTINATION"),
         (
             ("photos", "packed", "--image-size", "32"),
             "--model, --image-size and --use-test-size say how to crop: add -",

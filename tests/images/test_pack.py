@@ -1,5 +1,6 @@
 """Packing: interrupted and continued, repaired, refused; a full disk; images that cannot be read."""
 
+import errno
 import functools
 import json
 import os
@@ -143,8 +144,11 @@ def test_a_destination_with_something_else_in_it(photos: Path, tmp_path: Path) -
     (tmp_path / "file").touch()
     with pytest.raises(PackError, match="file: not a folder; choose another DESTINATION"):
         packed(photos, tmp_path / "file")
-    with pytest.raises(PackError, match="photos: not empty, and not packed images"):
-        packed(photos, photos)
+    with pytest.raises(PackError, match="other: not empty, and not packed images"):
+        packed(photos, Path(shutil.copytree(photos, tmp_path / "other")))
+    for inside in (photos, photos / "packed"):
+        with pytest.raises(PackError, match="lies in DATA, whose folders are classes; choose another DESTINATION"):
+            packed(photos, inside)
     with pytest.raises(PackError, match=r"cannot be written \(Not a directory\)"):
         packed(photos, tmp_path / "file" / "packed")
     (tmp_path / "empty").mkdir()
@@ -158,6 +162,26 @@ def test_one_process_at_a_time(photos: Path, tmp_path: Path) -> None:
         pytest.raises(PackError, match="packed: another process packs into it; wait"),
     ):
         packed(photos, folder)
+
+
+def test_a_file_system_without_locks(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def acquire(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    assert len(packed(photos, tmp_path / "packed")) == 21
+
+
+def test_odd_names(photos: Path, tmp_path: Path) -> None:
+    (photos / "ant" / "0.png").rename(photos / "ant" / os.fsdecode(b"line\nbreak \xff.png"))
+    (photos / "bee").rename(photos / "bée")
+    images = packed(photos, tmp_path / "packed")
+    assert images.class_names == ("ant", "bée", "cat")
+    assert images.files[6] == str(images.folder / "ant" / os.fsdecode(b"line\nbreak \xff.png"))
+    (images.folder / "00001-of-00006.array_record").unlink()
+    with pytest.raises(ImageError, match="record 2") as caught:
+        images[6]
+    assert str(caught.value).isprintable()
 
 
 def test_bad_arguments_and_nothing_to_pack(photos: Path, tmp_path: Path) -> None:
