@@ -1,12 +1,15 @@
 """`dpn-jax pack`."""
 
+import contextlib
 import dataclasses
+import signal
+import sys
 from typing import Annotated
 
 import tyro
 
 from dpn_jax.cli.options import DEFAULT_TAG, Command, option
-from dpn_jax.cli.output import DONE, SOME_FAILED, note, progress
+from dpn_jax.cli.output import DONE, SOME_FAILED, TERMINATED, note, progress
 from dpn_jax.errors import printable
 from dpn_jax.images.pack import SHARD_SIZE, pack
 from dpn_jax.images.transform import preprocessing
@@ -43,14 +46,17 @@ class Pack(Command):
                 self.model or DEFAULT_TAG, use_test_size=self.use_test_size, image_size=self.image_size
             )
             crops = transform.preprocessing
-        packed = pack(
-            self.data,
-            self.destination,
-            crops=crops,
-            shard_size=self.shard_size,
-            workers=self.workers,
-            progress=lambda shards, total: progress(shards, total, "shard"),
-        )
+        with contextlib.ExitStack() as stack:
+            handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # which ends the workers first
+            stack.callback(signal.signal, signal.SIGTERM, handler)
+            packed = pack(
+                self.data,
+                self.destination,
+                crops=crops,
+                shard_size=self.shard_size,
+                workers=self.workers,
+                progress=lambda shards, total: progress(shards, total, "shard"),
+            )
         for why in packed.broken:
             note(f"skipped: {why}")
         what = "photos" if crops is None else f"crops of {crops.height} x {crops.width} pixels"

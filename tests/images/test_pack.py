@@ -257,6 +257,23 @@ def test_the_command_skips_counts_and_names(photos: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGINT, 130, "dpn-jax: interrupted\n"), (15, 143, "")])
+def test_a_signal_to_all_ends_it_quietly(tmp_path: Path, number: int, code: int, said: str) -> None:
+    photos = write_classes(tmp_path / "photos", 1)
+    for label in ("ant", "bee"):
+        Image.effect_noise((1500, 1000), 50).save(photos / label / "0.png")
+        for copy in range(1, 100):
+            os.link(photos / label / "0.png", photos / label / f"{copy}.png")
+    process = command(photos, tmp_path / "packed", "--shard-size", 2, start_new_session=True)
+    assert wait_for(functools.partial(more_shards, tmp_path / "packed", 3), process)
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (code, "", said)
+    assert not [path.name for path in (tmp_path / "packed").iterdir() if path.name.endswith(".tmp")]
+    assert not (tmp_path / "packed" / MANIFEST).exists() and (tmp_path / "packed" / PLAN).exists()
+
+
+@pytest.mark.slow
 def test_killed_and_restarted_every_image_is_there_once(tmp_path: Path) -> None:
     """Set KILLS to kill more often than ten times."""
     photos = write_classes(tmp_path / "photos", 40 + 10 * KILLS)
