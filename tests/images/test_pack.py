@@ -120,6 +120,9 @@ def test_an_image_that_has_changed_is_packed_again(photos: Path, tmp_path: Path)
     images = packed(photos, folder, crops=CROPS)
     assert rewritten(folder, before) == ["00001"]
     assert (images[5][0] == (255, 0, 0)).all()
+    (photos / "ant" / "3.png").write_bytes(b"no image")
+    assert len(packed(photos, folder, crops=CROPS)) == 20
+    assert "ant/3.png" not in names(folder), "the last of its shard"
 
 
 def test_another_pack_is_refused(photos: Path, tmp_path: Path) -> None:
