@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from dpn_jax.errors import ImageError, shown
+from dpn_jax.images.packed import PackedImages
 from dpn_jax.images.sources import LabeledImages, Unlabeled, are_crops
 from dpn_jax.images.splits import ImageFolder, list_images
 from dpn_jax.inference.classifier import Classifier, Prediction
@@ -31,9 +32,10 @@ def evaluate(classifier: Classifier, source: str | os.PathLike | LabeledImages) 
 
     Args:
       classifier: the model.
-      source: the path of class folders, of a packed folder or of a CSV file, see `labeled_images`; or anything with
-        `len()` and `[index]`, whose items are an image, as `read_image` accepts it, and the index of its class among
-        the model's: a list, a Hugging Face `datasets.Dataset`, ...
+      source: the path of class folders, of a packed folder or of a CSV file, or an `ImageFolder` or `PackedImages`,
+        whose classes are found by name, see `labeled_images`; or anything else with `len()` and `[index]`, whose items
+        are an image, as `read_image` accepts it, and the index of its class among the model's: a list, a Hugging Face
+        `datasets.Dataset`, ...
 
     Returns:
       The counts. Images that cannot be read are failures.
@@ -48,8 +50,12 @@ def evaluate(classifier: Classifier, source: str | os.PathLike | LabeledImages) 
         accuracy = evaluate(Classifier.from_pretrained("dpn92.mx_in1k"), [("tabby.jpg", 281), ("pug.jpg", 254)])
         print(accuracy.top1 / accuracy.images)
     """
+    if isinstance(source, PackedImages):
+        source = source.folder
     if isinstance(source, str | os.PathLike):
         source = labeled_images(source, classifier)
+    elif isinstance(source, ImageFolder):
+        source = _relabeled(source, "the images", classifier)
     images = Unlabeled(source)
 
     def labels() -> Iterator[int]:
@@ -88,8 +94,14 @@ def labeled_images(path: str | os.PathLike, classifier: Classifier) -> ImageFold
       Traceback (most recent call last):
       dpn_jax.errors.ImageError: no-such-folder: no such folder
     """
-    images = list_images(path)
-    indices = _class_indices(path, images.class_names, classifier)
+    return _relabeled(list_images(path), path, classifier)
+
+
+def _relabeled(images: ImageFolder, name: str | os.PathLike, classifier: Classifier) -> ImageFolder:
+    """The same images, with the model's classes."""
+    if images.class_names == classifier.labels:
+        return images
+    indices = _class_indices(name, images.class_names, classifier)
     labels = tuple(indices[images.class_names[label]] for label in images.labels)
     return dataclasses.replace(images, class_names=classifier.labels, labels=labels)
 

@@ -129,11 +129,14 @@ def test_every_kind_of_source_gives_the_same_accuracy(tmp_path: Path, tested: dp
             str(tmp_path / "table.csv"),
             packed(root, tmp_path / "files").folder,
             packed(root, tmp_path / "crops", crops=CROPS).folder,
+            packed(root, tmp_path / "crops", crops=CROPS),
+            folder,
+            labeled_images(root, tested),
             list(zip(folder.files, labels, strict=True)),
             datasets.Dataset.from_dict(columns, features=features),
         )
     ]
-    assert results == results[:1] * 6 and results[0].images == 8 and not results[0].failures
+    assert results == results[:1] * 9 and results[0].images == 8 and not results[0].failures
     assert results[0].top5 == 8 > results[0].top1
 
 
