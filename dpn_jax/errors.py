@@ -118,5 +118,9 @@ class RunError(ValueError):
     """A run, of fine-tuning or in several processes, cannot go on; the message is one line: why, and what to do."""
 
 
+class ProcessLostError(RunError):
+    """Another process of the run has ended; this one can only end too."""
+
+
 class DivergedError(RunError):
     """The loss, the gradient or a parameter is no longer finite."""

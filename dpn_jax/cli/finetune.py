@@ -18,7 +18,7 @@ from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.record import Record, read_record
 from dpn_jax.finetune.report import CURVES, EVENTS, METRICS, read_metrics
 from dpn_jax.finetune.run import Finetuned, finetune
-from dpn_jax.multihost import is_first
+from dpn_jax.multihost import is_first, meet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,7 @@ class Finetune(ProcessOptions):
         if not self.resume and not self.model and not self.weights:
             raise ValueError("choose what to start from: --model TAG (see dpn-jax models) or --weights FILE")
         self.join()
+        meet()
         result = finetune(
             self.folder,
             self.output,
