@@ -60,7 +60,6 @@ class Pack(Command):
         for why in packed.broken:
             note(f"skipped: {why}")
         what = "photos" if crops is None else f"crops of {crops.height} x {crops.width} pixels"
-        print(
-            f"{printable(self.destination)}: {packed.images} {what} in {packed.shards} shards, {packed.bytes:,} bytes"
-        )
+        shards = "one shard" if packed.shards == 1 else f"{packed.shards} shards"
+        print(f"{printable(self.destination)}: {packed.images} {what} in {shards}, {packed.bytes:,} bytes")
         return SOME_FAILED if packed.broken else DONE

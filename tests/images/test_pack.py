@@ -255,7 +255,7 @@ def test_the_command_skips_counts_and_names(photos: Path, tmp_path: Path) -> Non
     process = command(photos, tmp_path / "packed", "--crops", "--image-size", 32)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 1
-    assert out.startswith(f"{tmp_path / 'packed'}: 20 crops of 32 x 32 pixels in 1 shards, ")
+    assert out.startswith(f"{tmp_path / 'packed'}: 20 crops of 32 x 32 pixels in one shard, ")
     assert err.startswith(f"dpn-jax: skipped: {photos / 'bee' / '0.png'}: not an image") and err.count("\n") == 1
 
 
