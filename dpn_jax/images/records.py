@@ -25,9 +25,8 @@ PLAN = ".packing.json"
 """What is to be packed; there until the manifest is."""
 
 _MAGIC = b"DPN" + bytes([FORMAT])
-_HEADER = struct.Struct(
-    "<4siIIQHBx"
-)  # magic; label; height, width of a crop; file's size; name's; channels (0: a file)
+_HEADER = struct.Struct("<4siIIQHBx")
+"""Magic and version; label; height and width of a crop; bytes of the file; bytes of the name; channels, 0 for a file."""
 
 
 class ImageBytes(bytes):
@@ -151,6 +150,8 @@ class Manifest:
                     f"{shown(path)}: format {fields['format']!r}, but this dpn_jax reads format {FORMAT}; pack the "
                     "images again, or install the dpn_jax that packed them"
                 )
+            if not fields["shards"]:
+                raise ValueError("no shards")
             settings = fields["preprocessing"]
             return cls(
                 class_names=tuple(fields["class_names"]),
@@ -176,7 +177,9 @@ def _shard(fields: Mapping[str, Any], classes: int) -> Shard:
     names, labels = zip(*pairs, strict=True)
     if not all(isinstance(label, int) and 0 <= label < classes for label in labels):
         raise ValueError(f"a class that is not one of {classes}")
-    return Shard(str(fields["file"]), int(fields["size"]), names, labels)
+    if Path(fields["file"]).name != fields["file"]:
+        raise ValueError(f"{fields['file']!r} is not the name of a shard")
+    return Shard(fields["file"], int(fields["size"]), names, labels)
 
 
 class _ArrayRecord(NamedTuple):

@@ -180,6 +180,11 @@ def test_what_cannot_be_decoded_is_named_by_its_record(folder: Path) -> None:
             r"manifest\.json: format 2, but this dpn_jax reads format 1; pack the images again, or install",
         ),
         ({"shards": [{"file": "x"}]}, r"manifest\.json: damaged \('images'\); run the same dpn-jax pack again"),
+        ({"shards": []}, r"manifest\.json: damaged \(no shards\)"),
+        (
+            {"shards": [{"file": "../x.array_record", "size": 1, "images": [[0, ["a.png"]]]}]},
+            r"manifest\.json: damaged \('\.\./x\.array_record' is not the name of a shard\)",
+        ),
         ({"class_names": ["one"]}, r"manifest\.json: damaged \(a class that is not one of 1\)"),
         ({"preprocessing": {"image_size": 3}}, r"manifest\.json: damaged \(image_size must be"),
         ({"preprocessing": {"size": 3}}, r"manifest\.json: damaged"),
