@@ -26,7 +26,7 @@ PLAN = ".packing.json"
 
 _MAGIC = b"DPN" + bytes([FORMAT])
 _HEADER = struct.Struct("<4siIIQHBx")
-"""Magic and version; label; height and width of a crop; bytes of the file; bytes of the name; channels, 0 for a file."""
+"""Magic and version; label; height and width of a crop; bytes of the file and of the name; channels, 0 for a file."""
 
 
 class ImageBytes(bytes):
