@@ -63,6 +63,8 @@ def test_reading_is_held_against_memory(tmp_path: Path) -> None:
     rates = figures["images_per_second"]
     assert figures["ratio"] == pytest.approx(rates["files"] / rates["memory"])
     assert "ratio" in done.stdout
+    assert figures["reading"]["ratio"] == pytest.approx(figures["reading"]["packed"] / figures["reading"]["decoded"])
+    assert figures["reading"]["ratio"] > 10, "packed crops are read ten times as fast as photos are decoded"
 
 
 def test_tpu_compiler() -> None:

@@ -26,7 +26,8 @@ class Finetune(ProcessOptions):
     """Fine-tune a model on a folder that has one folder of images per class."""
 
     folder: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA", help_behavior_hint="")] = None
-    """Holds train/CLASS/* and val/CLASS/*, or CLASS/*, of which --val-fraction is held out for validation."""
+    """Holds train/CLASS/* and val/CLASS/*, or CLASS/*, of which --val-fraction is held out for validation; or what
+    `dpn-jax pack` has written in place of these folders."""
     output: Annotated[str, tyro.conf.arg(metavar="RUN")]
     """The run's folder: checkpoints, metrics and, at the end, model.safetensors."""
     model: Annotated[str | None, tyro.conf.arg(metavar="TAG", help_behavior_hint="")] = None

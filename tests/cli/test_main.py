@@ -182,9 +182,10 @@ def test_the_module_is_the_same_command(run: Run) -> None:
     ("command", "positionals"),
     [
         ("classify", "IMAGE_OR_FOLDER..."),
-        ("evaluate", "FOLDER"),
+        ("evaluate", "DATA"),
         ("convert", "SOURCE DESTINATION"),
         ("export", "DESTINATION"),
+        ("pack", "DATA DESTINATION"),
         ("models", ""),
     ],
 )
@@ -302,6 +303,55 @@ def test_an_evaluation_is_one_row(capsys: pytest.CaptureFixture[str], format: st
     assert capsys.readouterr().out.split() == expected.format("12.5").split()
     print_row({**row, "images_per_second": None}, format)
     assert capsys.readouterr().out.split() == expected.format("-" if format == "table" else "").split()
+
+
+def test_pack_then_evaluate(run: Run, weights: Path, classes: Path, tmp_path: Path) -> None:
+    pytest.importorskip("array_record")
+    _, expected, _ = run("evaluate", classes, "--weights", weights, "--format", "json")
+    broken = classes / "bee" / "broken.png"
+    broken.write_bytes(b"no image")
+    crops = ("--crops", "--model", "dpn68b.mx_in1k", "--image-size", 32)  # only the geometry counts
+    for words, what in ((), "photos"), (crops, "crops of 32 x 32 pixels"):
+        folder = tmp_path / "packed" / what.split()[0]
+        for _ in range(2):  # the second time, what is there is kept
+            code, out, err = run("pack", classes, folder, *words, "--workers", 0, "--shard-size", 2)
+            assert code == 1 and out.startswith(f"{folder}: 3 {what} in 2 shards, ")
+            assert err.startswith(f"dpn-jax: skipped: {broken}: not an image") and err.count("\n") == 1
+        assert run("evaluate", folder, "--weights", weights, "--format", "json") == (0, expected, "")
+    code, out, err = run("evaluate", folder, "--weights", weights, "--image-size", 40)
+    assert (code, out) == (2, "") and "crops: its crops have image_size 32, but image_size 40 is needed" in err
+    assert err.count("\n") == 1
+    shard = folder / "00001-of-00002.array_record"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    code, out, err = run("evaluate", folder, "--weights", weights, "--format", "json")
+    assert (code, json.loads(out)["images"], json.loads(out)["failed"]) == (1, 2, 1)
+    assert "00001-of-00002.array_record: record 0 (bee/b.jpg): the shard is truncated" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("none", "packed"), "none: no such folder"),
+        (("photos/b.jpg", "packed"), "b.jpg: is not a folder"),
+        (("photos", "photos"), "photos: lies in DATA, whose folders are classes; choose another DESTINATION"),
+        (
+            ("photos", "packed", "--image-size", "32"),
+            "--model, --image-size and --use-test-size say how to crop: add -",
+        ),
+        (("photos", "packed", "--crops", "--model", "dpn68"), "dpn68"),
+        (("photos", "packed", "--shard-size", "0"), "shard_size must be at least 1, got 0"),
+        (("photos", "s3://bucket/packed"), "s3://bucket/packed: a URL"),
+    ],
+)
+def test_what_cannot_be_packed_is_one_line(
+    run: Run, classes: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
+) -> None:
+    pytest.importorskip("array_record")
+    (classes / "b.jpg").touch()
+    monkeypatch.chdir(classes.parent)
+    code, out, err = run("pack", *words, "--workers", "0")
+    assert (code, out, err.count("\n")) == (2, "", 1) and message in err
+    assert not Path("packed").exists()
 
 
 def test_evaluate_lists_broken_images(run: Run, weights: Path, classes: Path) -> None:
