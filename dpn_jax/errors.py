@@ -108,7 +108,7 @@ class DataError(ValueError):
 
 
 class RunError(ValueError):
-    """A fine-tuning run cannot start or continue; the message is one line that says why and what to do."""
+    """A run, of fine-tuning or in several processes, cannot go on; the message is one line: why, and what to do."""
 
 
 class DivergedError(RunError):

@@ -37,6 +37,7 @@ ORDER = [
     "blocks",
     "model",
     "stock",
+    "multihost",
     "checkpoint",
     "images",
     "fast",

@@ -11,10 +11,11 @@ from typing import Annotated
 import tyro
 
 from dpn_jax.cli.options import ClassifierOptions, option
-from dpn_jax.cli.output import DONE, NOTHING_DONE, SOME_FAILED, Format, json_line, note, note_throughput, progress
+from dpn_jax.cli.output import DONE, NOTHING_DONE, SOME_FAILED, Format, json_line, note_once, note_throughput, progress
 from dpn_jax.errors import ImageError, printable, shown
 from dpn_jax.images.folders import image_files
 from dpn_jax.inference.classifier import Prediction
+from dpn_jax.multihost import is_first, require_same, together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,24 +38,27 @@ class Classify(ClassifierOptions):
             raise ValueError("name at least one photo or folder")
         if "" in self.images:  # such as from a shell variable that is not set; to Path it would be the current folder
             raise ValueError("the name of a photo or folder is empty")
-        found = list(self._found())
+        found = together(lambda: list(self._found()))
+        require_same(list(map(str, found)), "images")
         paths = [path for path in found if not isinstance(path, ImageError)]
         failures = [path for path in found if isinstance(path, ImageError)]
         for failure in failures:
-            note(str(failure))
+            note_once(str(failure))
         if not paths:
             return NOTHING_DONE
-        classifier = self.classifier()
+        classifier = together(self.classifier)
         done = 0
-        with contextlib.closing(classifier.stream(paths, top_k=self.top_k)) as results:
-            print_header(self.format)
+        with contextlib.closing(classifier.stream_in_processes(paths, top_k=self.top_k)) as results:
+            if is_first():
+                print_header(self.format)
             for path, result in zip(paths, progress(results, len(paths), "image"), strict=True):
                 if isinstance(result, ImageError):
                     failures.append(result)
-                    note(str(result))
+                    note_once(str(result))
                 else:
                     done += 1
-                    print_predictions(path, result, self.format)
+                    if is_first():
+                        print_predictions(path, result, self.format)
         note_throughput(classifier.throughput)
         if not done:
             return NOTHING_DONE

@@ -12,13 +12,14 @@ from dpn_jax.cli.output import (
     NOTHING_DONE,
     SOME_FAILED,
     Format,
-    note,
+    note_once,
     note_throughput,
     print_rows,
     progress,
     text_table,
 )
 from dpn_jax.inference.evaluation import labeled_images, score
+from dpn_jax.multihost import is_first, require_same, together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,25 +34,26 @@ class Evaluate(ClassifierOptions):
     def run(self) -> int:
         """Classifies every image, then prints one row."""
         self.check()
-        classifier = self.classifier()
-        examples = labeled_images(self.folder, classifier)
-        with contextlib.closing(classifier.stream(path for path, _ in examples)) as results:
+        classifier = together(self.classifier)
+        examples = together(lambda: labeled_images(self.folder, classifier))
+        paths = [path for path, _ in examples]
+        require_same(list(map(str, paths)), "images")
+        with contextlib.closing(classifier.stream_in_processes(paths)) as results:
             accuracy = score(progress(results, len(examples), "image"), (label for _, label in examples))
         for failure in accuracy.failures:
-            note(str(failure))
+            note_once(str(failure))
         if not accuracy.images:
             return NOTHING_DONE
         throughput = classifier.throughput
-        print_row(
-            {
-                "images": accuracy.images,
-                "failed": len(accuracy.failures),
-                "top1": round(100 * accuracy.top1 / accuracy.images, 3),
-                "top5": round(100 * accuracy.top5 / accuracy.images, 3),
-                "images_per_second": None if throughput is None else round(throughput.rate, 2),
-            },
-            self.format,
-        )
+        row = {
+            "images": accuracy.images,
+            "failed": len(accuracy.failures),
+            "top1": round(100 * accuracy.top1 / accuracy.images, 3),
+            "top5": round(100 * accuracy.top5 / accuracy.images, 3),
+            "images_per_second": None if throughput is None else round(throughput.rate, 2),
+        }
+        if is_first():
+            print_row(row, self.format)
         note_throughput(throughput)
         return SOME_FAILED if accuracy.failures else DONE
 

@@ -11,18 +11,18 @@ from typing import Annotated
 
 import tyro
 
-from dpn_jax.cli.options import Command
+from dpn_jax.cli.options import ProcessOptions
 from dpn_jax.cli.output import DONE, INTERRUPTED, TERMINATED, note, text_table
 from dpn_jax.errors import RunError, shown
 from dpn_jax.finetune.config import FinetuneConfig
-from dpn_jax.finetune.multihost import connect, is_first
 from dpn_jax.finetune.record import Record, read_record
 from dpn_jax.finetune.report import CURVES, EVENTS, METRICS, read_metrics
 from dpn_jax.finetune.run import Finetuned, finetune
+from dpn_jax.multihost import is_first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Finetune(Command):
+class Finetune(ProcessOptions):
     """Fine-tune a model on a folder that has one folder of images per class."""
 
     folder: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA", help_behavior_hint="")] = None
@@ -41,14 +41,6 @@ class Finetune(Command):
     such as --workers, may be others, and so may --epochs."""
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=FinetuneConfig)
     """How to train."""
-    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT", help_behavior_hint="")] = None
-    """Address of process 0, to train in several processes."""
-    processes: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
-    """Number of processes."""
-    process_index: Annotated[int | None, tyro.conf.arg(metavar="INDEX", help_behavior_hint="")] = None
-    """Index of this process, from 0; process 0 writes."""
-    distributed: bool = False
-    """Train in the processes that the cluster (TPU, Slurm, Open MPI) has started."""
 
     def run(self) -> int:
         """Trains, and prints how good the result is and how to use it."""
@@ -56,8 +48,7 @@ class Finetune(Command):
             raise ValueError("name the folder of images: dpn-jax finetune DATA --output RUN")
         if not self.resume and not self.model and not self.weights:
             raise ValueError("choose what to start from: --model TAG (see dpn-jax models) or --weights FILE")
-        if self.distributed or (self.coordinator, self.processes, self.process_index) != (None, None, None):
-            connect(self.coordinator, self.processes, self.process_index)
+        self.join()
         result = finetune(
             self.folder,
             self.output,

@@ -1,6 +1,8 @@
 """Options that several commands share: which model, and how photos are run through it."""
 
+import contextlib
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,7 +15,9 @@ from dpn_jax.errors import shown
 from dpn_jax.images.labels import read_labels
 from dpn_jax.images.transform import Transform
 from dpn_jax.inference.classifier import Classifier
+from dpn_jax.inference.export import read_artifact
 from dpn_jax.model import DPN
+from dpn_jax.multihost import connect
 from dpn_jax.pretrained import PRETRAINED, Preprocessing, default_preprocessing
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -90,7 +94,26 @@ class ModelOptions(Command):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClassifierOptions(ModelOptions):
+class ProcessOptions(Command):
+    """Several processes that work on one thing, one on each host."""
+
+    coordinator: Annotated[str | None, option("HOST:PORT")] = None
+    """Address of process 0, to run in several processes."""
+    processes: Annotated[int | None, option("N")] = None
+    """Number of processes."""
+    process_index: Annotated[int | None, option("INDEX")] = None
+    """Index of this process, from 0; process 0 writes."""
+    distributed: bool = False
+    """Run in the processes that the cluster (TPU, Slurm, Open MPI) has started."""
+
+    def join(self) -> None:
+        """Joins the other processes if there are any; must come before anything else that uses JAX's devices."""
+        if self.distributed or (self.coordinator, self.processes, self.process_index) != (None, None, None):
+            connect(self.coordinator, self.processes, self.process_index)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifierOptions(ProcessOptions, ModelOptions):
     """How photos are run through a model."""
 
     labels: Annotated[str | None, option("FILE", "those of the weights")] = None
@@ -99,8 +122,16 @@ class ClassifierOptions(ModelOptions):
     """Images per batch."""
     device: Annotated[str | None, option("KIND", "JAX's default device")] = None
     """Kind of device to run on: cpu, gpu or tpu."""
+    devices: Annotated[int | Literal["all"], option("N|all")] = 1
+    """Devices of this host that share each batch; a CPU has as many as cores."""
+    workers: int = 0
+    """Processes that read photos; 0 is a thread for each core."""
     exif: bool = False
     """Apply the EXIF orientation of photos; timm does not."""
+    fast_decode: bool = False
+    """Decode large JPEG photos at a half to an eighth of their size: faster, not quite the same pixels."""
+    exported: Annotated[str | None, option("FILE")] = None
+    """A file of dpn-jax export to run, instead of a model."""
 
     def check(self) -> None:
         """Checks what does not depend on the model, before anything is loaded.
@@ -110,34 +141,81 @@ class ClassifierOptions(ModelOptions):
         """
         if self.batch_size < 1:
             raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
-        find_device(self.device)
+        if self.workers < 0:
+            raise ValueError(f"--workers must be at least 0, got {self.workers}")
+        if self.exported and (clash := [name for name in _OF_A_MODEL if getattr(self, name) != _default(name)]):
+            raise ValueError(f"--{clash[0].replace('_', '-')} has no effect with --exported, whose model is complete")
+        self.join()
+        find_devices(self.device, self.devices)
 
     def classifier(self) -> Classifier:
         """Loads the model as a classifier."""
+        options = {
+            "batch_size": self.batch_size,
+            "devices": find_devices(self.device, self.devices),
+            "workers": self.workers,
+        }
+        if self.exported:
+            artifact = read_artifact(self.exported)
+            labels = read_labels(self.labels, len(artifact.class_names)) if self.labels else None
+            transform = Transform(artifact.preprocessing, exif=self.exif, fast_decode=self.fast_decode)
+            return Classifier.from_exported(artifact, transform=transform, labels=labels, **options)
         model, settings = self.load()
         return Classifier(
             model,
-            transform=Transform(settings, exif=self.exif),
+            transform=Transform(settings, exif=self.exif, fast_decode=self.fast_decode),
             labels=read_labels(self.labels, model.config.num_classes) if self.labels else None,
-            batch_size=self.batch_size,
-            device=find_device(self.device),
             donate=True,
+            **options,
         )
 
 
-def find_device(kind: str | None) -> jax.Device | None:
-    """Finds the first device of a kind, or returns None for JAX's default.
+_OF_A_MODEL = (
+    "model",
+    "weights",
+    "revision",
+    "dtype",
+    "image_size",
+    "use_test_size",
+    "test_time_pool",
+    "allow_nonfinite",
+)
+
+
+def _default(name: str) -> object:
+    return ModelOptions.__dataclass_fields__[name].default
+
+
+def find_devices(kind: str | None, count: int | Literal["all"] = 1) -> tuple[jax.Device, ...]:
+    """Finds devices of this host.
+
+    Args:
+      kind: 'cpu', 'gpu' or 'tpu'; defaults to JAX's default.
+      count: how many, or all of them.
 
     Raises:
-      ValueError: there is no such device; there is no silent fallback.
+      ValueError: there are none or not as many; there is no silent fallback.
     """
-    if kind is None:
-        return None
+    with contextlib.suppress(RuntimeError):  # devices are in use already, or the environment says how many
+        if count != 1 and jax.config.jax_num_cpu_devices < 1 and "host_platform_device_count" not in _xla_flags():
+            jax.config.update("jax_num_cpu_devices", os.cpu_count())
     before = jax.config.jax_platforms
     try:
-        jax.config.update("jax_platforms", kind)  # the first to ask for a device would initialize those of all kinds
-        return jax.devices(kind)[0]
+        if kind is not None:
+            jax.config.update("jax_platforms", kind)  # the first to ask would initialize devices of all kinds
+        found = jax.local_devices(backend=kind)
     except RuntimeError as error:
+        if kind is None:
+            raise
         jax.config.update("jax_platforms", before)
-        present = ", ".join(sorted({device.platform for device in jax.devices()}))
+        present = ", ".join(sorted({device.platform for device in jax.local_devices()}))
         raise ValueError(f"--device {kind}: there is no such device here, only {present}") from error
+    if count == "all":
+        return tuple(found)
+    if not 1 <= count <= len(found):
+        raise ValueError(f"--devices must be all or 1 to {len(found)} here ({found[0].platform}), got {count}")
+    return tuple(found[:count])
+
+
+def _xla_flags() -> str:
+    return os.environ.get("XLA_FLAGS", "")

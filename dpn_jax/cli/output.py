@@ -8,9 +8,11 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
+import jax
 import tqdm
 
 from dpn_jax.inference.throughput import Throughput
+from dpn_jax.multihost import is_first
 from dpn_jax.pretrained import Preprocessing
 
 DONE, SOME_FAILED, NOTHING_DONE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -71,7 +73,7 @@ def json_line(value: object) -> str:
 
 def progress(items: Iterable[object], total: int, unit: str) -> Iterable[object]:
     """Shows a progress bar if stderr is a terminal."""
-    if sys.stderr is None:
+    if sys.stderr is None or not is_first():
         return items
     return tqdm.tqdm(items, total=total, unit=unit, disable=None if total > 1 else True, file=sys.stderr)
 
@@ -84,9 +86,15 @@ def note(message: str) -> None:
         tqdm.tqdm.write(f"dpn-jax: {message}", file=sys.stderr)
 
 
+def note_once(message: str) -> None:
+    """Prints a line to stderr, in process 0 only."""
+    if is_first():
+        note(message)
+
+
 def note_throughput(throughput: Throughput | None) -> None:
     """Prints how fast images were processed and what limited it, if that was measured."""
-    if throughput is None:
+    if throughput is None or jax.process_count() > 1:  # of the images of one process
         return
     limit, other = ("host", "device") if throughput.limit == "host" else ("device", "host")
     spare = getattr(throughput, other)

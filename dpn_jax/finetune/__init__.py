@@ -9,9 +9,6 @@ from dpn_jax.finetune.data import BatchIterator as BatchIterator
 from dpn_jax.finetune.data import batches as batches
 from dpn_jax.finetune.data import find_broken as find_broken
 from dpn_jax.finetune.mixup import mix as mix
-from dpn_jax.finetune.multihost import data_mesh as data_mesh
-from dpn_jax.finetune.multihost import replicate as replicate
-from dpn_jax.finetune.multihost import shard_batch as shard_batch
 from dpn_jax.finetune.optimizer import learning_rate as learning_rate
 from dpn_jax.finetune.optimizer import make_optimizer as make_optimizer
 from dpn_jax.finetune.parameters import frozen_norms as frozen_norms
@@ -25,3 +22,6 @@ from dpn_jax.finetune.step import eval_step as eval_step
 from dpn_jax.finetune.step import train_step as train_step
 from dpn_jax.images.splits import ImageFolder as ImageFolder
 from dpn_jax.images.splits import image_folder as image_folder
+from dpn_jax.multihost import data_mesh as data_mesh
+from dpn_jax.multihost import replicate as replicate
+from dpn_jax.multihost import shard_batch as shard_batch

@@ -19,10 +19,10 @@ from PIL import Image
 from dpn_jax.errors import DataError, ImageError
 from dpn_jax.finetune.augment import color_jitter, rand_augment, random_crop
 from dpn_jax.finetune.config import FinetuneConfig
-from dpn_jax.finetune.workers import prefetched, refuse_in_starting_worker
 from dpn_jax.images.read import read_image
 from dpn_jax.images.splits import ImageFolder
 from dpn_jax.images.transform import Transform
+from dpn_jax.images.workers import prefetched, refuse_in_starting_worker
 from dpn_jax.pretrained import Preprocessing
 
 Batch = Mapping[str, jax.Array | np.ndarray]

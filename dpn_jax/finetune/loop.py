@@ -20,10 +20,10 @@ from dpn_jax.finetune.checkpoints import Checkpoints, Saved
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.data import BatchIterator
 from dpn_jax.finetune.metrics import Row, Window, quality, validate
-from dpn_jax.finetune.multihost import any_of, broadcast_arrays, is_first, on_first, replicate, shard_batch
 from dpn_jax.finetune.optimizer import StepCounts
 from dpn_jax.finetune.report import Log
 from dpn_jax.finetune.step import TrainState, train_step
+from dpn_jax.multihost import any_of, broadcast_arrays, is_first, on_first, replicate, shard_batch
 
 CHECKPOINTS = "checkpoints"
 _LOGS_PER_EPOCH = 20

@@ -19,13 +19,13 @@ from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.data import BatchIterator, batches
 from dpn_jax.finetune.loop import Training, catch_interruption
 from dpn_jax.finetune.metrics import Row
-from dpn_jax.finetune.multihost import data_mesh, is_first, on_first, replicate
 from dpn_jax.finetune.optimizer import learning_rate, make_optimizer
 from dpn_jax.finetune.record import opened, write_record
 from dpn_jax.finetune.report import CURVES, METRICS, plot_curves, read_metrics
 from dpn_jax.finetune.start import Given, Images, Start, new, resumed
 from dpn_jax.finetune.step import TrainState
 from dpn_jax.model import DPN
+from dpn_jax.multihost import data_mesh, is_first, on_first, replicate
 
 WEIGHTS = "model.safetensors"
 

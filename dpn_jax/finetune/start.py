@@ -17,7 +17,6 @@ from dpn_jax.errors import DataError, local_path, shown
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.data import find_broken
 from dpn_jax.finetune.loop import CHECKPOINTS
-from dpn_jax.finetune.multihost import gather, on_first
 from dpn_jax.finetune.record import (
     IMAGES,
     Record,
@@ -30,6 +29,7 @@ from dpn_jax.finetune.record import (
 )
 from dpn_jax.images.splits import ImageFolder, image_folders
 from dpn_jax.model import DPN, create_model
+from dpn_jax.multihost import gather, on_first
 from dpn_jax.pretrained import PRETRAINED, Preprocessing, Provenance, default_preprocessing
 
 logger = logging.getLogger("dpn_jax")

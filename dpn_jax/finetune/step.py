@@ -20,6 +20,7 @@ from dpn_jax.finetune.data import Batch
 from dpn_jax.finetune.mixup import mix
 from dpn_jax.finetune.optimizer import learning_rate_of, updates_of
 from dpn_jax.finetune.parameters import frozen_norms, trainable
+from dpn_jax.inference.program import normalize
 from dpn_jax.model import DPN
 from dpn_jax.pretrained import Preprocessing, default_preprocessing
 from dpn_jax.stock import refuse_bound_methods, require_stock
@@ -272,8 +273,7 @@ def _prepare(batch: Batch, setup: Setup) -> tuple[jax.Array, jax.Array, jax.Arra
     """Normalized images `[B, H, W, C]`, class probabilities `[B, K]` and weights `[B]`."""
     images, labels = batch["image"], batch["label"]
     if images.dtype == jnp.uint8:
-        mean, std = (np.asarray(value, np.float32) for value in (setup.preprocessing.mean, setup.preprocessing.std))
-        images = (images.astype(jnp.float32) / 255 - mean) / std
+        images = normalize(images, setup.preprocessing)
     if labels.ndim == 1:
         targets = jax.nn.one_hot(labels, setup.architecture.num_classes, dtype=setup.dtype)
     else:

@@ -4,6 +4,7 @@ import functools
 import importlib.resources
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,30 @@ def imagenet_labels() -> tuple[Label, ...]:
     """
     text = importlib.resources.files("dpn_jax.images").joinpath("imagenet1k.txt").read_text(encoding="utf-8")
     return tuple(Label(*line.split("\t")) for line in text.splitlines())
+
+
+def named_classes(labels: Sequence[str] | None, num_classes: int) -> tuple[tuple[str, ...], tuple[str | None, ...]]:
+    """The name and, for ImageNet-1k, the WordNet synset of each class.
+
+    Args:
+      labels: the names; defaults to ImageNet-1k's for 1000 classes, or else to 'class 0' and so on.
+      num_classes: their number.
+
+    Raises:
+      ValueError: there is another number of labels.
+
+    Example:
+      >>> named_classes(None, 2)
+      (('class 0', 'class 1'), (None, None))
+    """
+    if labels is None and num_classes == 1000:
+        synsets, names = zip(*imagenet_labels(), strict=True)
+        return names, synsets
+    if labels is None:
+        labels = [f"class {index}" for index in range(num_classes)]
+    if len(labels) != num_classes:
+        raise ValueError(f"the model has {num_classes} classes, but there are {len(labels)} labels")
+    return tuple(labels), (None,) * num_classes
 
 
 def read_labels(path: str | os.PathLike, num_classes: int) -> tuple[str, ...]:

@@ -26,6 +26,8 @@ class Transform:
     Args:
       preprocessing: sizes, interpolation, mean and standard deviation; if it has one channel, images are read as gray.
       exif: apply the EXIF orientation of images; timm does not.
+      fast_decode: decode large JPEG files at 1/2, 1/4 or 1/8 of their size, where no side gets smaller than what it is
+        resized to. Not the same pixels: see `docs/tpu.md` for what that does to predictions.
 
     Raises:
       ValueError: `preprocessing` has neither one nor three channels.
@@ -40,6 +42,7 @@ class Transform:
 
     preprocessing: Preprocessing
     exif: bool = dataclasses.field(default=False, kw_only=True)
+    fast_decode: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if len(self.preprocessing.mean) not in _MODES:
@@ -75,7 +78,8 @@ class Transform:
             more than `MAX_PIXELS` (a shorter side of 256 pixels: beyond about 1:1365), which takes timm gigabytes.
         """
         settings = self.preprocessing
-        image = read_image(source, exif=self.exif, mode=_MODES[len(settings.mean)])
+        at_least = max(self._target) if self.fast_decode else None
+        image = read_image(source, exif=self.exif, mode=_MODES[len(settings.mean)], at_least=at_least)
         width, height = self._resized(image.width, image.height)
         if not 0 < width * height <= MAX_PIXELS:
             allowed = f"more than the {MAX_PIXELS:,} pixels allowed" if width and height else "nothing"
@@ -91,12 +95,17 @@ class Transform:
         pixels = np.array(image.crop((left, top, left + settings.width, top + settings.height)))
         return pixels.reshape(*pixels.shape[:2], -1)
 
+    @property
+    def _target(self) -> tuple[int, int]:
+        """Width and height of the crop before it was cropped."""
+        settings = self.preprocessing
+        return tuple(math.floor(side / settings.crop_fraction) for side in (settings.width, settings.height))
+
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         """Width and height that an image is resized to before the crop."""
-        settings = self.preprocessing
-        target = [math.floor(side / settings.crop_fraction) for side in (settings.width, settings.height)]
+        settings, target = self.preprocessing, self._target
         if settings.crop_mode == "squash":
-            return tuple(target)
+            return target
         if settings.crop_mode == "center" and target[0] == target[1]:
             # Truncated, not rounded: torchvision.transforms.functional._compute_resized_output_size
             return tuple(int(target[0] * side / min(width, height)) for side in (width, height))
@@ -148,6 +157,7 @@ def preprocessing(
     use_test_size: bool = False,
     image_size: int | tuple[int, int] | None = None,
     exif: bool = False,
+    fast_decode: bool = False,
 ) -> Transform:
     """The transform that a set of weights was evaluated with.
 
@@ -156,7 +166,7 @@ def preprocessing(
       use_test_size: use the larger image size that timm tests some weights at (`dpn68b.ra_in1k`), if there is one.
       image_size: side of the prepared images, or their (height, width), pixels, at least 32; defaults to that of the
         weights. `crop_fraction` does not change.
-      exif: apply the EXIF orientation of images; timm does not.
+      exif, fast_decode: as for `Transform`.
 
     Returns:
       A transform from a path, PIL image or uint8 array to float32 [H, W, 3].
@@ -180,4 +190,4 @@ def preprocessing(
         settings = (use_test_size and tag.test_preprocessing) or tag.preprocessing
     if image_size is not None:
         settings = dataclasses.replace(settings, image_size=image_size)
-    return Transform(settings, exif=exif)
+    return Transform(settings, exif=exif, fast_decode=fast_decode)

@@ -1,13 +1,9 @@
 """From photos to labels: a model, its preprocessing and its class names, compiled for a few batch sizes."""
 
-import collections
-import concurrent.futures
 import contextlib
-import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import numpy as np
@@ -15,15 +11,19 @@ import numpy as np
 from dpn_jax.checkpoint.load import from_pretrained
 from dpn_jax.errors import ImageError
 from dpn_jax.fast.forward import PlainForward, fast_forward
-from dpn_jax.images.labels import imagenet_labels
+from dpn_jax.images.labels import named_classes
 from dpn_jax.images.read import ImageSource
 from dpn_jax.images.transform import Transform
-from dpn_jax.inference.throughput import Clock, Throughput
+from dpn_jax.inference.export import Artifact, read_artifact
+from dpn_jax.inference.pipeline import Pipeline
+from dpn_jax.inference.program import Devices, Program, find_devices
+from dpn_jax.inference.throughput import Throughput
 from dpn_jax.model import DPN
+from dpn_jax.multihost import merged
 from dpn_jax.pretrained import default_preprocessing
 
-_READ_AHEAD = 2
-"""Batches of images prepared ahead of the device."""
+_BATCHES_IN_EXCHANGE = 8
+"""Batches of a process between two exchanges of results with the others."""
 
 
 class Prediction(NamedTuple):
@@ -46,18 +46,18 @@ class Classifier:
       model: the model; runs in eval mode. Later changes to it have no effect.
       transform: prepares an image; defaults to that of the weights, or of the architecture's default weights.
       labels: a name for each class; defaults to the model's class names, or ImageNet-1k's.
-      batch_size: largest batch. Smaller ones are padded to a power of two, so that only a few sizes are compiled.
-      device: where to run; defaults to JAX's default device.
-      workers: threads that read and prepare images; defaults to the number of CPU cores.
+      batch_size: images in the largest batch, over all devices. Smaller ones are padded to a power of two, so that only
+        a few sizes are compiled, and all to a multiple of the number of devices.
+      devices: where to run: a device, several, which share each batch, or "all" of this process; defaults to JAX's
+        default device. (A CPU has as many as `jax.config.update("jax_num_cpu_devices", 2)` says before its first use.)
+      workers: processes that read and prepare images; defaults to 0, a thread for each CPU core.
       fast: run the backend's fast form; False runs the model as it is, which any changed model needs.
       donate: give the model's arrays away, see `fast_forward`.
 
-    Attributes:
-      throughput: of the last stream that was read to its end; None if that was too short to measure.
-
     Raises:
       ValueError: the model has no classifier, its number of channels is not the transform's, the number of labels is
-        not that of the classes, or the model is not stock (see `dpn_jax.stock`) and `fast` is set.
+        not that of the classes, the devices cannot work together (see `find_devices`), or the model is not stock (see
+        `dpn_jax.stock`) and `fast` is set.
 
     Example:
       >>> import dpn_jax
@@ -75,41 +75,33 @@ class Classifier:
         transform: Transform | None = None,
         labels: Sequence[str] | None = None,
         batch_size: int = 32,
-        device: jax.Device | None = None,
-        workers: int | None = None,
+        devices: Devices = None,
+        workers: int = 0,
         fast: bool = True,
         donate: bool = False,
     ) -> None:
         config, provenance = model.config, model.provenance
         if not config.num_classes or not config.global_pool:
             raise ValueError("the model does not give one logit per class (num_classes is 0 or global_pool is '')")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.transform = transform or Transform(provenance.preprocessing or default_preprocessing(config))
         if len(self.transform.preprocessing.mean) != config.in_channels:
             raise ValueError(
                 f"the model reads {config.in_channels} channels, but the preprocessing gives "
                 f"{len(self.transform.preprocessing.mean)}"
             )
-        synsets: Sequence[str | None] = (None,) * config.num_classes
-        if labels is None and provenance.class_names is not None:
-            labels = provenance.class_names
+        chosen = find_devices(devices)
         if labels is None:
-            if config.num_classes == 1000:
-                synsets, labels = zip(*imagenet_labels(), strict=True)
-            else:
-                labels = [f"class {index}" for index in range(config.num_classes)]
-        if len(labels) != config.num_classes:
-            raise ValueError(f"the model has {config.num_classes} classes, but there are {len(labels)} labels")
-        self.labels = tuple(labels)
-        self.synsets = tuple(synsets)
-        self.batch_size = batch_size
-        self.workers = workers or os.cpu_count()
-        self.throughput: Throughput | None = None
-        self._device = device
-        backend = None if device is None else device.platform
-        self._forward = fast_forward(model, backend=backend, donate=donate) if fast else PlainForward(model)
-        self._forward.params = jax.device_put(self._forward.params, device)
+            labels = provenance.class_names
+        self.labels, self.synsets = named_classes(labels, config.num_classes)
+        forward = fast_forward(model, backend=chosen[0].platform, donate=donate) if fast else PlainForward(model)
+        program = Program(
+            forward.apply,
+            forward.params,
+            self.transform.preprocessing,
+            chosen,
+            compiler_options=forward.compiler_options,
+        )
+        self._pipeline = Pipeline(program, self.transform, batch_size, workers)
 
     @classmethod
     def from_pretrained(
@@ -119,16 +111,16 @@ class Classifier:
         transform: Transform | None = None,
         labels: Sequence[str] | None = None,
         batch_size: int = 32,
-        device: jax.Device | None = None,
-        workers: int | None = None,
+        devices: Devices = None,
+        workers: int = 0,
         fast: bool = True,
         **options: object,
-    ) -> "Classifier":
+    ) -> Self:
         """Loads pretrained weights into a classifier.
 
         Args:
           source: as for `dpn_jax.from_pretrained`.
-          transform, labels, batch_size, device, workers, fast: as for `Classifier`.
+          transform, labels, batch_size, devices, workers, fast: as for `Classifier`.
           options: other keyword arguments of `dpn_jax.from_pretrained`, such as `dtype=jnp.bfloat16`.
 
         Raises:
@@ -140,11 +132,58 @@ class Classifier:
             transform=transform,
             labels=labels,
             batch_size=batch_size,
-            device=device,
+            devices=devices,
             workers=workers,
             fast=fast,
             donate=True,
         )
+
+    @classmethod
+    def from_exported(
+        cls,
+        source: str | Path | Artifact,
+        *,
+        transform: Transform | None = None,
+        labels: Sequence[str] | None = None,
+        batch_size: int = 32,
+        devices: Devices = None,
+        workers: int = 0,
+    ) -> Self:
+        """Reads a file of `export_model` as a classifier.
+
+        Args:
+          source: the file, or what `read_artifact` read.
+          transform: prepares an image; defaults to that in the file.
+          labels: a name for each class; defaults to those in the file.
+          batch_size, devices, workers: as for `Classifier`; a file for a fixed batch has it on each device.
+
+        Raises:
+          ExportError: the file cannot be read, was written by dpn_jax 0.1.0, or is for other platforms.
+          ValueError: as for `Classifier`.
+        """
+        artifact = source if isinstance(source, Artifact) else read_artifact(source)
+        chosen = find_devices(devices)
+        artifact.require(chosen[0].platform)
+        images, logits = artifact.exported.in_avals[0], artifact.exported.out_avals[0]
+        fixed = images.shape[0] if isinstance(images.shape[0], int) else None
+        program = Program(
+            lambda _, images: artifact.exported.call(images),
+            (),
+            artifact.preprocessing,
+            chosen,
+            raw=images.dtype == np.uint8,
+            rows_each=fixed,
+        )
+        if fixed:
+            batch_size = program.rows(1)
+        classifier = cls.__new__(cls)
+        classifier.transform = transform or Transform(artifact.preprocessing)
+        if labels is None:
+            classifier.labels, classifier.synsets = artifact.class_names, artifact.synsets
+        else:
+            classifier.labels, classifier.synsets = named_classes(labels, logits.shape[1])
+        classifier._pipeline = Pipeline(program, classifier.transform, batch_size, workers)
+        return classifier
 
     def __call__(
         self, images: ImageSource | Sequence[ImageSource], *, top_k: int | None = None
@@ -172,133 +211,117 @@ class Classifier:
         return results if several else results[0]
 
     def stream(
-        self, images: Iterable[ImageSource], *, top_k: int | None = None
+        self,
+        images: Iterable[ImageSource],
+        *,
+        top_k: int | None = None,
+        prepared: bool = False,
+        total: int | None = None,
     ) -> Iterator[list[Prediction] | ImageError]:
         """Classifies any number of images as they come; one that cannot be read does not stop the others.
 
         Args:
           images: as for a call; only a few batches are read ahead.
           top_k: as for a call.
+          prepared: the images are what `transform.crop` gives: uint8 `[height, width, C]`, resized and cropped.
+          total: how many images there are; defaults to what comes. It decides how far the first batches are padded: a
+            part of a list gets the very bits that the whole gets if it is given the length of the whole.
 
         Yields:
           For each image, in order, its most probable classes, or the error if it cannot be read.
 
         Raises:
           ValueError: `top_k` is below 1 or above the number of classes.
+          DataError: a worker process died.
         """
-        if top_k is None:
-            top_k = min(5, len(self.labels))
-        if not 1 <= top_k <= len(self.labels):
-            raise ValueError(f"top_k must be 1 to {len(self.labels)}, got {top_k}")
-        return self._stream(images, top_k)
+        rows = self._pipeline.stream(images, prepared=prepared, total=total)
+        return self._predictions(rows, self._checked(top_k))
+
+    @property
+    def devices(self) -> tuple[jax.Device, ...]:
+        """The devices that it runs on."""
+        return tuple(self._pipeline.program.mesh.devices.flat)
+
+    @property
+    def batch_size(self) -> int:
+        """Images in the largest batch, over all devices."""
+        return self._pipeline.batch_size
+
+    @property
+    def throughput(self) -> Throughput | None:
+        """Of the last stream that was read to its end; None if that was too short to measure."""
+        return self._pipeline.throughput
+
+    def stream_in_processes(
+        self, images: Sequence[ImageSource], *, top_k: int | None = None, prepared: bool = False
+    ) -> Iterator[list[Prediction] | ImageError]:
+        """Classifies a list of images in all processes of `jax.distributed`: each takes its part of them.
+
+        Every process must call this with the same list and read the result to its end. With one process it is `stream`.
+
+        Args:
+          images, top_k, prepared: as for `stream`.
+
+        Yields:
+          In every process, for each image of the whole list, in order, what `stream` yields; the very bits that one
+          process computes alone if it has as many devices.
+
+        Raises:
+          RunError: another process failed; the message names it and says why.
+          ValueError, DataError: as `stream`.
+        """
+        top_k = self._checked(top_k)
+
+        def work(indices: Iterator[int]) -> Iterator[str | list[tuple[int, float]]]:
+            mine = (images[index] for index in indices)
+            for result in self.stream(mine, top_k=top_k, prepared=prepared, total=len(images)):
+                if isinstance(result, ImageError):
+                    yield str(result)
+                else:
+                    yield [(prediction.index, prediction.probability) for prediction in result]
+
+        return (
+            ImageError(result) if isinstance(result, str) else [self._named(*prediction) for prediction in result]
+            for result in merged(work, len(images), each=_BATCHES_IN_EXCHANGE * self.batch_size)
+        )
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Computes the logits of prepared images.
 
         Args:
-          images: `[B, H, W, C]` from the transform.
+          images: `[B, H, W, C]`, from the transform: normalized floats, or uint8 from its `crop`.
 
         Returns:
           float32 `[B, num_classes]`.
         """
-        parts = [self._dispatch(images[i : i + self.batch_size]) for i in range(0, len(images), self.batch_size)]
-        return np.concatenate([np.asarray(part, np.float32) for part in parts])[: len(images)]
+        return self._pipeline.logits(images) if len(images) else np.zeros((0, len(self.labels)), np.float32)
 
-    def _stream(self, images: Iterable[ImageSource], top_k: int) -> Iterator[list[Prediction] | ImageError]:
-        clock = Clock(min(self.workers, os.cpu_count()), read_ahead=_READ_AHEAD)
-        running: collections.deque[tuple[list[np.ndarray | ImageError], concurrent.futures.Future | None]]
-        running = collections.deque()
-        size = 0
-        with _threads(self.workers) as readers, _threads(1) as watcher:
-            for prepared in _batched(self._prepared(images, readers, clock), self.batch_size):
-                good = [image for image in prepared if not isinstance(image, ImageError)]
-                logits = None
-                if good:
-                    before, size = size, max(size, self._padded(len(good)))  # a smaller last batch: no compilation
-                    start = time.perf_counter()
-                    batch = self._dispatch(good, size)
-                    logits = watcher.submit(clock.wait, batch, start, len(good), compiles=size > before)
-                running.append((prepared, logits))
-                if len(running) > 1:  # the device computes this batch while the previous one is reported
-                    yield from self._report(*running.popleft(), top_k)
-            while running:
-                yield from self._report(*running.popleft(), top_k)
-        self.throughput = clock.throughput()
+    def _checked(self, top_k: int | None) -> int:
+        most = len(self.labels)
+        if top_k is None:
+            return min(5, most)
+        if not 1 <= top_k <= most:
+            raise ValueError(f"top_k must be 1 to {most}, got {top_k}")
+        return top_k
 
-    def _prepared(
-        self, images: Iterable[ImageSource], pool: concurrent.futures.Executor, clock: Clock
-    ) -> Iterator[np.ndarray | ImageError]:
-        """Transforms images in threads, in order and ahead: Pillow releases the GIL when it decodes and resizes."""
-
-        def prepare(image: ImageSource) -> tuple[np.ndarray | ImageError, float]:
-            start = time.perf_counter()
-            try:
-                prepared = self.transform(image)
-            except ImageError as error:
-                prepared = error
-            return prepared, time.perf_counter() - start
-
-        pending: collections.deque[concurrent.futures.Future] = collections.deque()
-
-        def first() -> np.ndarray | ImageError:
-            prepared, seconds = pending.popleft().result()
-            clock.count_prepared(seconds)
-            return prepared
-
-        for image in images:
-            pending.append(pool.submit(prepare, image))
-            if len(pending) > _READ_AHEAD * self.batch_size:
-                yield first()
-        while pending:
-            yield first()
-
-    def _padded(self, count: int) -> int:
-        return min(self.batch_size, 1 << (count - 1).bit_length())
-
-    def _dispatch(self, images: Sequence[np.ndarray], size: int | None = None) -> jax.Array:
-        """Pads and dispatches a batch, and returns its logits, padding included, before they are computed."""
-        padded = np.zeros((size or self._padded(len(images)), *images[0].shape), np.float32)
-        np.stack(images, out=padded[: len(images)])
-        return self._forward(jax.device_put(padded, self._device))
-
-    def _report(
-        self, prepared: list[np.ndarray | ImageError], logits: concurrent.futures.Future | None, top_k: int
+    def _predictions(
+        self, rows: Iterator[np.ndarray | ImageError], top_k: int
     ) -> Iterator[list[Prediction] | ImageError]:
+        with contextlib.closing(rows):
+            for row in rows:
+                yield row if isinstance(row, ImageError) else self._best(row, top_k)
+
+    def _best(self, logits: np.ndarray, top_k: int) -> list[Prediction]:
         # softmax on the host: on the device it would queue behind the next batch
-        rows = iter(()) if logits is None else iter(_softmax(logits.result()))
-        for image in prepared:
-            yield image if isinstance(image, ImageError) else self._best(next(rows), top_k)
-
-    def _best(self, probabilities: np.ndarray, top_k: int) -> list[Prediction]:
+        probabilities = _softmax(logits)
         order = np.argsort(-probabilities, kind="stable")[:top_k]  # ties go to the lower index, as in torch.topk on CPU
-        return [
-            Prediction(self.labels[index], float(probabilities[index]), int(index), self.synsets[index])
-            for index in order
-        ]
+        return [self._named(int(index), float(probabilities[index])) for index in order]
 
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[concurrent.futures.Executor]:
-    """A thread pool that does not wait for its threads when a stream is abandoned."""
-    pool = concurrent.futures.ThreadPoolExecutor(count)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    def _named(self, index: int, probability: float) -> Prediction:
+        return Prediction(self.labels[index], probability, index, self.synsets[index])
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # infinite logits, from weights taken with allow_nonfinite
-        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return exponentials / exponentials.sum(axis=1, keepdims=True)
-
-
-def _batched(items: Iterable[np.ndarray | ImageError], size: int) -> Iterator[list[np.ndarray | ImageError]]:
-    batch: list[np.ndarray | ImageError] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+        exponentials = np.exp(logits - logits.max())
+        return exponentials / exponentials.sum()

@@ -13,7 +13,7 @@ class Throughput(NamedTuple):
     rate: float
     """Host and device together, including the caller's time between images."""
     host: float
-    """Of the threads that read and prepare images."""
+    """Of the threads or processes that read and prepare images."""
     device: float
     """Of the device, including copies to and from it."""
 
@@ -32,20 +32,20 @@ class Clock:
     """Measures one stream.
 
     Args:
-      workers: threads that prepare images at the same time.
+      workers: threads or processes that prepare images at the same time.
       read_ahead: batches that they may be ahead of the device. After a compilation that many are ready, so they are not
         counted.
     """
 
     def __init__(self, workers: int, *, read_ahead: int) -> None:
         self._workers, self._read_ahead = workers, read_ahead
-        self._prepared, self._preparing = 0, 0.0  # images, and seconds summed over all threads
+        self._prepared, self._preparing = 0, 0.0  # images, and seconds summed over all workers
         self._computed, self._computing, self._elapsed = 0, 0.0, 0.0
         self._batches, self._ready = 0, 0.0  # batches since the last compilation, and when the last one was ready
 
-    def count_prepared(self, seconds: float) -> None:
-        """Counts an image that took one thread this long."""
-        self._prepared += 1
+    def count_prepared(self, images: int, seconds: float) -> None:
+        """Counts images that took one worker this long."""
+        self._prepared += images
         self._preparing += seconds
 
     def wait(self, logits: jax.Array, start: float, images: int, *, compiles: bool) -> np.ndarray:

@@ -24,6 +24,7 @@ from dpn_jax.cli.cache import keep_compiled
 from dpn_jax.cli.evaluate import print_row
 from dpn_jax.cli.main import main
 from dpn_jax.inference.export import load_exported
+from dpn_jax.inference.pipeline import Pipeline
 from tests.support.models import TINY
 
 COMMAND = [sys.executable, "-m", "dpn_jax"]
@@ -104,9 +105,9 @@ def test_json_and_csv_tell_the_same(run: Run, weights: Path, photos: Path) -> No
 
 
 def test_batches_are_as_large_as_asked(run: Run, weights: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, dispatch = [], dpn_jax.Classifier._dispatch
+    sizes, dispatch = [], Pipeline._dispatch
     monkeypatch.setattr(
-        dpn_jax.Classifier,
+        Pipeline,
         "_dispatch",
         lambda self, images, size: sizes.append((len(images), size)) or dispatch(self, images, size),
     )

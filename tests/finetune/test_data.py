@@ -30,9 +30,9 @@ from dpn_jax.finetune import (
     find_broken,
     image_folder,
 )
-from dpn_jax.finetune.workers import prefetched
 from dpn_jax.images.read import read_image
 from dpn_jax.images.transform import Transform
+from dpn_jax.images.workers import prefetched
 from dpn_jax.pretrained import Preprocessing
 
 SMALL = Preprocessing(image_size=32)

@@ -15,6 +15,7 @@ from flax import nnx
 from PIL import Image
 
 import dpn_jax
+from dpn_jax import multihost
 from dpn_jax.finetune import (
     Checkpoints,
     DataError,
@@ -23,7 +24,6 @@ from dpn_jax.finetune import (
     RunError,
     finetune,
     initial_model,
-    multihost,
     read_metrics,
 )
 from dpn_jax.finetune import loop as loop_module

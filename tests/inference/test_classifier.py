@@ -12,6 +12,7 @@ from PIL import Image
 import dpn_jax
 from dpn_jax.errors import ImageError
 from dpn_jax.fast.fold import Folded
+from dpn_jax.images.transform import Transform
 from dpn_jax.inference.evaluation import score
 from dpn_jax.inference.throughput import Clock
 from tests.support.models import TINY
@@ -80,7 +81,7 @@ def test_few_sizes_are_compiled(pictures: list[np.ndarray]) -> None:
     )
     for count in (1, 2, 3, 4, 5, 7, 11):
         classifier(pictures[:count])
-    assert classifier._forward.jitted._cache_size() == 3  # 1, 2 and 4
+    assert classifier._pipeline.program.jitted._cache_size() == 3  # 1, 2 and 4
 
 
 def test_two_classes_with_the_defaults(pictures: list[np.ndarray]) -> None:
@@ -110,16 +111,12 @@ def test_top_k_out_of_range(classifier: dpn_jax.Classifier, pictures: list[np.nd
         classifier(pictures[0], top_k=top_k)
 
 
-def test_workers_are_as_many_as_asked() -> None:
-    model = dpn_jax.create_model(TINY, rngs=nnx.Rngs(0))
-    assert dpn_jax.Classifier(model, workers=1).workers == 1
-
-
 def test_unfit_arguments() -> None:
     model = dpn_jax.create_model(TINY, rngs=nnx.Rngs(0))
     for options, message in [
         ({"labels": ["a", "b"]}, "5 classes, but there are 2 labels"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"workers": -1}, "workers must be at least 0, got -1"),
         ({"transform": dpn_jax.preprocessing(dpn_jax.Preprocessing(mean=(0.5,), std=(0.5,)))}, "reads 3 channels"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -147,7 +144,7 @@ def test_a_smaller_last_batch_compiles_nothing(pictures: list[np.ndarray]) -> No
         model, transform=dpn_jax.preprocessing(dpn_jax.Preprocessing(image_size=32)), batch_size=4
     )
     assert len(list(classifier.stream(["broken", *pictures[:8], "broken", "broken"]))) == 11
-    assert classifier._forward.jitted._cache_size() == 1
+    assert classifier._pipeline.program.jitted._cache_size() == 1
 
 
 @pytest.mark.parametrize(("reading", "computing", "limit"), [(0.05, 0.0, "host"), (0.0, 0.05, "device")])
@@ -159,20 +156,22 @@ def test_the_slower_side_is_named(
     computing: float,
     limit: str,
 ) -> None:
-    transform, jitted = classifier.transform, classifier._forward.jitted
+    pipeline = classifier._pipeline
+    jitted = pipeline.program.jitted
 
-    def slow_transform(image: np.ndarray) -> np.ndarray:
-        time.sleep(reading)
-        return transform(image)
+    class Slow(Transform):
+        def crop(self, source: np.ndarray) -> np.ndarray:
+            time.sleep(reading)
+            return super().crop(source)
 
     def slow_device(params: Folded, images: jax.Array) -> jax.Array:
         time.sleep(computing)
         return jitted(params, images)
 
-    monkeypatch.setattr(classifier, "transform", slow_transform)
-    monkeypatch.setattr(classifier._forward, "jitted", slow_device)
-    monkeypatch.setattr(classifier, "batch_size", 1)
-    monkeypatch.setattr(classifier, "workers", 1)
+    monkeypatch.setattr(pipeline, "transform", Slow(classifier.transform.preprocessing))
+    monkeypatch.setattr(pipeline.program, "jitted", slow_device)
+    monkeypatch.setattr(pipeline, "batch_size", 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
     list(classifier.stream(pictures))
     throughput = classifier.throughput
     assert throughput.limit == limit
@@ -186,7 +185,7 @@ def test_the_slower_side_is_named(
 def test_threads_count_together() -> None:
     clock = Clock(workers=4, read_ahead=0)
     for seconds in (0.25, 0.75):
-        clock.count_prepared(seconds)
+        clock.count_prepared(1, seconds)
     assert clock.throughput() is None
     for compiles in (True, False):
         rows = clock.wait(jnp.ones((8, 2)), time.perf_counter() - 2, 5, compiles=compiles)

@@ -1,4 +1,4 @@
-"""Prefetching with Grain: worker processes that never use an accelerator, end with the run and report their death."""
+"""Worker processes that never use an accelerator, end with their parent and report their death; Grain's prefetching."""
 
 import multiprocessing
 import os
@@ -48,18 +48,23 @@ def prefetched(source: Sequence[Any], workers: int, *, start: int = 0) -> Iterat
     except RuntimeError as error:
         if "terminated unexpectedly" not in str(error):
             raise
-        raise DataError(_death(str(error))) from error
+        code = str(error).partition("exit code ")[2].split(".")[0]
+        raise DataError(death(code)) from error
     finally:
         iterator.close()
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Called first in a worker process."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to the whole group: the run saves, then ends the workers
+    start_worker()
+
+
+def start_worker() -> None:
+    """To be called first in a worker process."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     if "jax" in sys.modules:  # imported with dpn_jax, before the variable was set
         sys.modules["jax"].config.update("jax_platforms", "cpu")  # the accelerator belongs to the main process
-    for stop in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the run saves, then ends the workers
-        signal.signal(stop, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # sent to the whole group: the parent ends the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -71,13 +76,13 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _death(message: str) -> str:
-    code = message.partition("exit code ")[2].split(".")[0]
+def death(code: int | str | None) -> str:
+    """What a message says of a worker that died with this exit code."""
     reasons = {
         "-9": "killed, perhaps for lack of memory: lower --workers or --batch-size",
         "1": "see its message above; a script must keep its code under: if __name__ == '__main__'",
     }
-    return f"a worker process that reads images died (exit code {code}): {reasons.get(code, 'try --workers 0')}"
+    return f"a worker process that reads images died (exit code {code}): {reasons.get(str(code), 'try --workers 0')}"
 
 
 def refuse_in_starting_worker() -> None:

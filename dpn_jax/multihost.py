@@ -1,7 +1,10 @@
-"""Several devices and processes that train one model: sharding, and what process 0 does for all."""
+"""Several devices and processes that work on one thing: sharding, and what processes tell each other."""
 
+import contextlib
+import hashlib
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -14,6 +17,9 @@ Value = TypeVar("Value")
 Tree = TypeVar("Tree")
 
 AXIS = "data"
+
+_HEARTBEAT = 30
+"""Seconds without a sign of life after which a process is given up, and with it all others."""
 
 
 def connect(coordinator: str | None = None, processes: int | None = None, index: int | None = None) -> None:
@@ -34,7 +40,7 @@ def connect(coordinator: str | None = None, processes: int | None = None, index:
         raise RunError(f"--process-index must be 0 to {processes - 1}, got {index}")
     jax.config.update("jax_enable_preemption_service", False)  # the training loop handles SIGTERM itself
     try:
-        jax.distributed.initialize(coordinator, processes, index)
+        jax.distributed.initialize(coordinator, processes, index, heartbeat_timeout_seconds=_HEARTBEAT)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"the processes cannot connect ({reason(error)}); see jax.distributed") from error
 
@@ -44,22 +50,15 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def broadcast(value: Value, *, source: int = 0) -> Value:
-    """The value of one process, in every process.
+def broadcast(value: Value) -> Value:
+    """The value of process 0, in every process.
 
     Args:
       value: anything JSON can hold; ignored in the other processes.
-      source: the index of the process that has the value.
     """
     if jax.process_count() == 1:
         return value
-    from jax.experimental.multihost_utils import broadcast_one_to_all
-
-    has_it = jax.process_index() == source
-    text = np.frombuffer(json.dumps(value).encode() if has_it else b"", np.uint8)
-    size = int(broadcast_one_to_all(np.int32(text.size), is_source=has_it))
-    text = broadcast_one_to_all(text if has_it else np.zeros(size, np.uint8), is_source=has_it)
-    return json.loads(np.asarray(text, np.uint8).tobytes())
+    return gather(value if is_first() else None)[0]
 
 
 def gather(value: Value) -> list[Value]:
@@ -68,7 +67,16 @@ def gather(value: Value) -> list[Value]:
     Args:
       value: anything JSON can hold.
     """
-    return [broadcast(value, source=index) for index in range(jax.process_count())]
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental.multihost_utils import process_allgather
+
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = process_allgather(np.int32(text.size))
+    padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)  # few sizes, for each of which JAX compiles
+    padded[: text.size] = text
+    rows = process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def broadcast_arrays(tree: Tree) -> Tree:
@@ -105,6 +113,79 @@ def on_first(action: Callable[[], Any]) -> Any:
     if "error" in outcome:
         raise RunError(f"process 0: {outcome['error']}")
     return outcome["value"]
+
+
+def together(action: Callable[[], Value]) -> Value:
+    """Calls a function in every process; if it fails in one of them, every process stops.
+
+    Returns:
+      The result of this process.
+
+    Raises:
+      RunError: in the other processes if `action` failed in one; that one raises the original exception.
+    """
+    value: Value | None = None
+    failure: Exception | None = None
+    try:
+        value = action()
+    except Exception as error:  # told before it is raised: the others would wait forever
+        failure = error
+    told = gather(None if failure is None else str(failure))
+    if failure:
+        raise failure
+    for index, error in enumerate(told):
+        if error is not None:
+            raise RunError(f"process {index}: {error}")
+    return value
+
+
+def require_same(names: Sequence[str], what: str) -> None:
+    """Checks that every process has the same list.
+
+    Raises:
+      RunError: they differ; in every process.
+    """
+    digest = hashlib.blake2b(json.dumps(list(names)).encode(), digest_size=16).hexdigest()
+    seen = gather((len(names), digest))
+    for index, other in enumerate(seen):
+        if other != seen[0]:
+            raise RunError(
+                f"process 0 has {seen[0][0]} {what} and process {index} has {other[0]}, or not the same ones; "
+                "give every process the same arguments and the same files"
+            )
+
+
+def merged(work: Callable[[Iterator[int]], Iterable[Value]], count: int, *, each: int) -> Iterator[Value]:
+    """Shares out `count` items over the processes, and yields the results of all of them, in order, in every process.
+
+    Every process takes part in every exchange, whether it has items or not, and tells there if it failed.
+
+    Args:
+      work: called once, with the indices of this process's items; gives a result for each, in order,
+        that JSON can hold.
+      count: number of items, the same in every process.
+      each: most items of a process between two exchanges.
+
+    Raises:
+      RunError: `work` failed in another process. If it failed in this one, its exception.
+    """
+    processes, this = jax.process_count(), jax.process_index()
+    if processes == 1:  # each result as it comes
+        yield from work(iter(range(count)))
+        return
+    firsts = range(0, count, each * processes)
+
+    def part(first: int) -> range:
+        last = min(first + each * processes, count)
+        size = -(-(last - first) // processes)
+        return range(min(first + this * size, last), min(first + (this + 1) * size, last))
+
+    results = iter(work(itertools.chain.from_iterable(part(first) for first in firsts)))
+    with contextlib.closing(results) if hasattr(results, "close") else contextlib.nullcontext():
+        for first in firsts:
+            mine = together(lambda first=first: list(itertools.islice(results, len(part(first)))))
+            for theirs in gather(mine):
+                yield from theirs
 
 
 def any_of(flag: bool) -> bool:
