@@ -1,7 +1,7 @@
 """The cycles of one operation's code, from the VLIW bundles that the TPU's compiler has scheduled for it.
 
-A bundle issues in one cycle, unless what it asks of a matrix unit has to wait. So a loop takes, each time round, as many
-cycles as it has bundles or as its busiest matrix unit is occupied, whichever is more.
+A bundle issues in one cycle, unless what it asks of a matrix unit has to wait. So a loop takes, each time round, as
+many cycles as it has bundles or as its busiest matrix unit is occupied, whichever is more.
 """
 
 import collections

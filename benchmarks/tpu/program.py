@@ -131,8 +131,9 @@ class Program:
 
     def _body(self, operation: Operation) -> Iterator[str]:
         """What an operation computes, names aside."""
-        attributes = re.sub(r",? ?(metadata|backend_config|calls)=(\{.*?\}(?=,|$)|%\S+)", "", operation.attributes)
-        yield f"{operation.opcode} {[array.text for array in operation.outputs]} {attributes.partition(', backend_config')[0]}"
+        attributes = operation.attributes.partition(", backend_config")[0]
+        attributes = re.sub(r", (metadata=\{[^}]*\}|calls=%[^\s,]+)", "", attributes)
+        yield f"{operation.opcode} {[array.text for array in operation.outputs]} {attributes}"
         for inner in self.computations.get(operation.calls or "", ()):
             yield from self._body(inner)
 
