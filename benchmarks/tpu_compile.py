@@ -1,41 +1,29 @@
-"""What the TPU's own compiler says, ahead of time and without a TPU: `python -m benchmarks.tpu_compile`.
+"""What the TPU's own compiler makes of the network, without a TPU: `python -m benchmarks.tpu_compile`.
 
-Needs libtpu, in an environment of its own: `pip install -e ".[tpu]" -c constraints.txt`. The compiler annotates every
-operation with estimated cycles: a heuristic of its search, about twice too high and no ranking of formulations (see
-docs/performance.md). Bytes and temporary memory come from the compiled program too.
+Needs libtpu, in an environment of its own: `pip install -e ".[tpu,finetune]" -c constraints.txt`. For each operation of
+the compiled program the larger of its scheduled bundles and its traffic with HBM counts, and their sum is the figure
+(see docs/performance.md). Beside it stands the sum of `estimated_cycles`, a heuristic of the compiler's search, about
+twice too high and no ranking.
 """
 
 import dataclasses
 import json
-import os
 import re
+import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-# read when libtpu is loaded: no TPU is asked for, and no machine's metadata
-os.environ.update(
-    JAX_PLATFORMS="cpu",
-    TPU_SKIP_MDS_QUERY="1",
-    TPU_WORKER_HOSTNAMES="localhost",
-    TPU_ACCELERATOR_TYPE="v5litepod-4",
-)
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-import dpn_jax
 from benchmarks.report import print_setting
-from dpn_jax.config import DPNConfig
-from dpn_jax.fast.forward import FastForward
+from benchmarks.tpu.compile import Compiled, Form, compile_for, dump_folder, inference, mesh_of, training
+from benchmarks.tpu.cycles import CHIPS, Cost, costs, read_schedules, transferred
+from benchmarks.tpu.program import Program
 from dpn_jax.fast.plan import PLANS
+from dpn_jax.pretrained import get_config
+
+Task = Literal["inference", "training", "remat"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,93 +33,92 @@ class Options:
     models: tuple[str, ...] = ("dpn92",)
     """Variants."""
     topologies: tuple[str, ...] = ("v5e:2x2",)
-    """TPU topologies: v5e:2x2, v5e:4x4, v6e:2x2, v5p:2x2x1, v4:2x2x1."""
+    """TPU topologies: v5e:2x2, v5e:4x4, v6e:2x2."""
     batches: tuple[int, ...] = (128,)
     """Images a chip."""
     chips: tuple[int, ...] = (1,)
     """Chips of the topology to use, data-parallel."""
-    forms: tuple[Literal["fast", "plain"], ...] = ("fast", "plain")
+    tasks: tuple[Task, ...] = ("inference",)
+    """A classifier's program; a training step; one that recomputes activations (`remat`)."""
+    forms: tuple[Form, ...] = ("fast", "plain")
     """The fast formulation, the plain one."""
     size: int = 224
     """Side of the images, pixels."""
     operations: int = 0
     """Print so many of the costliest operations."""
+    keep: Path | None = None
+    """Keep each program's text and schedules in this folder."""
     json: Path | None = None
     """Write the figures into this file too."""
 
 
 def main(options: Options) -> None:
     """Prints a row for each program."""
+    dump_folder()  # before the compiler is loaded
     report = {"setting": print_setting("benchmarks.tpu_compile"), "rows": []}
-    print(f"bfloat16, {options.size} pixels\n")
+    print(f"bfloat16, {options.size} pixels; M cycles a batch, GB and MB a chip\n")
     print(
-        f"{'model':<8}{'topology':<11}{'chips':>6}{'batch':>7}  {'form':<6}{'M cycles':>10}{'cycles/image':>14}"
-        f"{'GB moved':>10}{'temp MB':>9}{'compile s':>11}"
+        f"{'model':<8}{'task':<10}{'topology':<9}{'chips':>6}{'batch':>7}  {'form':<6}{'cycles':>8}{'compute':>9}"
+        f"{'GB':>7}{'async GB':>9}{'heuristic':>10}{'memory MB':>10}{'compile s':>10}"
     )
     for name in options.models:
-        for topology in options.topologies:
-            for chips in options.chips:
-                for batch in options.batches:
-                    for form in options.forms:
-                        row = compile_one(dpn_jax.pretrained.get_config(name), topology, chips, batch, form, options)
-                        report["rows"].append({"model": name, **row})
-                        print(
-                            f"{name:<8}{topology:<11}{chips:>6}{batch:>7}  {form:<6}{row['cycles'] / 1e6:>10.1f}"
-                            f"{row['cycles'] / batch:>14,.0f}{row['bytes'] / 1e9:>10.1f}{row['temp_bytes'] / 1e6:>9.0f}"
-                            f"{row['compile_s']:>11.0f}",
-                            flush=True,
-                        )
+        for task in options.tasks:
+            for topology in options.topologies:
+                for chips in options.chips:
+                    for batch in options.batches:
+                        for form in options.forms:
+                            row = {"model": name, "task": task, "topology": topology, "chips": chips, "batch": batch}
+                            row |= {"form": form, **measure(row, form, options)}
+                            report["rows"].append(row)
+                            print(
+                                f"{name:<8}{task:<10}{topology:<9}{chips:>6}{batch:>7}  {form:<6}"
+                                f"{row['cycles'] / 1e6:>8.1f}{row['compute'] / 1e6:>9.1f}{row['bytes'] / 1e9:>7.1f}"
+                                f"{row['async_bytes'] / 1e9:>9.1f}{row['heuristic'] / 1e6:>10.1f}"
+                                f"{row['memory'] / 1e6:>10.0f}{row['compile_s']:>10.0f}",
+                                flush=True,
+                            )
     if options.json:
         options.json.write_text(json.dumps(report, indent=2))
 
 
-def compile_one(
-    config: DPNConfig, topology: str, chips: int, batch: int, form: str, options: Options
-) -> dict[str, object]:
-    """Compiles one forward pass for `chips` chips, the images split between them, and reads what the compiler wrote."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:chips]
-    mesh = Mesh(np.array(devices), ("data",))
-    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
-    shape = (batch * chips, options.size, options.size, config.in_channels)
-    images = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=split)
-    apply, params = forward(config, form)
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), params)
-    start = time.perf_counter()
-    compiler_options = dict(PLANS["tpu"].compiler_options) if form == "fast" else {}
-    compiled = jax.jit(apply).lower(params, images).compile(compiler_options=compiler_options)
-    taken = time.perf_counter() - start
-    text = compiled.as_text()
-    if options.operations:
-        print_operations(text, options.operations)
+def measure(row: dict[str, object], form: Form, options: Options) -> dict[str, float]:
+    """Compiles the program of a row, and reads what the compiler wrote."""
+    config, mesh = get_config(row["model"]), mesh_of(row["topology"], row["chips"])
+    shape = {"batch": row["batch"], "size": options.size, "form": form}
+    if row["task"] == "inference":
+        lowered = inference(config, mesh, **shape)
+    else:
+        lowered = training(config, mesh, **shape, remat=row["task"] == "remat")
+    fused = form == "fast" and (row["task"] == "inference" or PLANS["tpu"].in_training)
+    shutil.rmtree(dump_folder(), ignore_errors=True)
+    compiled = compile_for(lowered, dict(PLANS["tpu"].compiler_options) if fused else {})
+    program = Program.parse(compiled.text)
+    found = costs(program, read_schedules(dump_folder()), CHIPS[row["topology"].partition(":")[0]])
+    if options.keep:
+        _keep(compiled, options.keep / "-".join(str(value) for value in (*row.values(), form)).replace(":", "_"))
+    for cost in sorted(found, key=lambda cost: -cost.cycles)[: options.operations]:
+        _print_cost(cost)
     return {
-        "topology": topology,
-        "chips": chips,
-        "batch": batch,
-        "form": form,
-        "cycles": sum(int(cycles) for cycles in re.findall(r'"estimated_cycles":"(\d+)"', text)),
-        "bytes": compiled.cost_analysis()["bytes accessed"],
-        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
-        "compile_s": taken,
+        "cycles": sum(cost.cycles for cost in found),
+        "compute": sum(cost.compute for cost in found),
+        "bytes": sum(cost.bytes for cost in found),
+        "async_bytes": transferred(program),
+        "heuristic": sum(int(cycles) for cycles in re.findall(r'"estimated_cycles":"(\d+)"', compiled.text)),
+        "memory": compiled.memory,
+        "temporary": compiled.temporary,
+        "compile_s": compiled.seconds,
     }
 
 
-def forward(config: DPNConfig, form: str) -> tuple[object, object]:
-    """A pure function of parameters and images, and the parameters' shapes."""
-    if form == "plain":
-        model = dpn_jax.DPN(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=None)
-        model.eval()
-        structure, state = nnx.split(model)
-        return (lambda state, images: nnx.merge(structure, state)(images)), state
-    model = dpn_jax.DPN(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    fast = FastForward(model, PLANS["tpu"])
-    return fast.apply, fast.params
+def _keep(compiled: Compiled, folder: Path) -> None:
+    shutil.copytree(dump_folder(), folder, dirs_exist_ok=True)
+    (folder / "program.hlo").write_text(compiled.text)
 
 
-def print_operations(text: str, count: int) -> None:
-    """The costliest operations of a compiled program."""
-    found = re.findall(r'^ *(?:ROOT )?(%\S+) = (\S+) .*?"estimated_cycles":"(\d+)"', text, re.MULTILINE)
-    for name, shape, cycles in sorted(found, key=lambda item: -int(item[2]))[:count]:
-        print(f"  {int(cycles):>10,}  {name:<45} {shape}")
+def _print_cost(cost: Cost) -> None:
+    shapes = ", ".join(array.text.partition("{")[0] for array in cost.operation.outputs)
+    unknown = f", {cost.unknown} loops of unknown length" if cost.unknown else ""
+    print(f"  {cost.compute:>12,.0f} {cost.traffic:>12,.0f}  {cost.operation.name:<40} {shapes}{unknown}")
 
 
 if __name__ == "__main__":

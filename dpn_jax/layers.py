@@ -136,7 +136,7 @@ class NormAct(nnx.Module):
         normalize = functools.partial(self.operations.normalize, epsilon=self.epsilon, batch_stats=batch_stats)
         activate = ACTIVATIONS[self.activation]
         outputs = [
-            activate(normalize(part.astype(mean.dtype), *vectors)).astype(self.dtype)
+            activate(normalize(part, *vectors)).astype(self.dtype)
             for part, vectors in zip(parts, vectors_of_parts, strict=True)
         ]
         return jax.tree.unflatten(structure, outputs)
@@ -161,7 +161,11 @@ class NormAct(nnx.Module):
         count = parts[0].size // parts[0].shape[-1]
         if count < 2:
             raise ValueError(f"training needs more than one value per channel, got features of {parts[0].shape}")
-        of_parts = (self.operations.moments(part.astype(at_least_float32(part.dtype))) for part in parts)
+        guesses = split_channels(self.running_statistics()[0], tuple(parts))
+        of_parts = (
+            self.operations.moments(part, guess.astype(at_least_float32(part.dtype)))
+            for part, guess in zip(parts, guesses, strict=True)
+        )
         mean, var = map(jnp.concatenate, zip(*of_parts, strict=True))
         self._move_running(self.mean, mean)
         self._move_running(self.var, var * (count / (count - 1)))

@@ -56,11 +56,15 @@ def convolve(x: Features, kernel: jax.Array, *, stride: int = 1, groups: int = 1
     return functools.reduce(jnp.add, sums)
 
 
-def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The mean and the biased variance of each channel of `[B, H, W, C]`, `[C]` each.
+def moments(x: jax.Array, near: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The mean and the biased variance of each channel, `[C]` each, in two passes: `E[x^2] - E[x]^2` loses digits.
 
-    In two passes: `E[x^2] - E[x]^2` can come out negative.
+    Args:
+      x: `[B, H, W, C]`.
+      near: `[C]`, a guess at the mean such as the running mean, for an alternative with one pass. Its dtype is that of
+        the arithmetic and the result.
     """
+    x = x.astype(near.dtype)
     count = x.size // x.shape[-1]
     mean = x.sum(axis=(0, 1, 2)) / count
     return mean, jnp.square(x - mean).sum(axis=(0, 1, 2)) / count
@@ -80,13 +84,13 @@ def normalize(
 
     Args:
       x: the part.
-      mean, var, scale, bias: of its channels.
+      mean, var, scale, bias: of its channels; their dtype is that of the arithmetic and the result.
       epsilon: added to the variance.
       batch_stats: whether mean and variance are those of `x` itself, for an alternative with a custom VJP.
     """
     del batch_stats
     # scaling the centered values, not shifting the scaled ones, keeps the digits where mean >> standard deviation
-    return (x - mean) * (scale * lax.rsqrt(var + epsilon)) + bias
+    return (x.astype(mean.dtype) - mean) * (scale * lax.rsqrt(var + epsilon)) + bias
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -115,7 +119,7 @@ class Operations:
     """
 
     convolve: Callable[..., jax.Array] = convolve
-    moments: Callable[[jax.Array], tuple[jax.Array, jax.Array]] = moments
+    moments: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] = moments
     normalize: Callable[..., jax.Array] = normalize
     max_pool: Callable[[jax.Array], jax.Array] = max_pool
     fork: Callable[[Features], tuple[Features, Features]] = fork

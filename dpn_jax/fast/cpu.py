@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from dpn_jax.fast import norms
 from dpn_jax.operations import Features, replicated_beside
 
 T = TypeVar("T")
-Vectors = tuple[jax.Array, ...]
 
 
 class Tap(NamedTuple):
@@ -129,9 +129,9 @@ def _one_cpu_device() -> bool:
 # Norms
 
 
-def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def moments(x: jax.Array, near: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`operations.moments` by products; without a gradient, as `normalize` knows how they depend on `x`."""
-    x = lax.stop_gradient(x)
+    x = lax.stop_gradient(x).astype(near.dtype)
     count = x.size // x.shape[-1]
     mean = _channel_sum(x) / count
     return mean, _channel_sum(jnp.square(x - mean)) / count
@@ -147,56 +147,12 @@ def normalize(
     epsilon: float,
     batch_stats: bool,
 ) -> jax.Array:
-    """`operations.normalize` with a custom VJP: two sums over the pixels, where autodiff takes five.
+    """`operations.normalize` with a custom VJP.
 
-    With `batch_stats` all of the gradient goes to `x`, and none to mean and variance. Vectors are computed in a call
-    that is not inlined, not once more for each pixel.
+    Vectors are computed in a call that is not inlined, not once more for each pixel.
     """
-    return _normalize(epsilon, batch_stats, x, mean, var, scale, bias)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _normalize(epsilon: float, batch_stats: bool, x: jax.Array, *vectors: jax.Array) -> jax.Array:
-    return _normalize_forward(epsilon, batch_stats, x, *vectors)[0]
-
-
-def _normalize_forward(
-    epsilon: float, batch_stats: bool, x: jax.Array, *vectors: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    mean, bias, scale, inverse_std, gain = noinline(_forward_vectors, epsilon=epsilon)(*vectors)
-    return (x - mean) * gain + bias, (x, mean, scale, inverse_std, gain)
-
-
-def _normalize_backward(
-    epsilon: float, batch_stats: bool, residuals: tuple[jax.Array, ...], dy: jax.Array
-) -> tuple[jax.Array, ...]:
-    x, mean, scale, inverse_std, gain = residuals
-    centered = x - mean
-    dbias = _channel_sum(dy)
-    dgain = _channel_sum(dy * centered)
-    vectors = noinline(_backward_vectors, count=x.size // x.shape[-1])(dbias, dgain, scale, inverse_std)
-    dmean, dvar, constant, slope, dscale, dbias = vectors
-    dx = dy * gain
-    if batch_stats:
-        dx = dx + (constant + centered * slope)
-        dmean, dvar = jnp.zeros_like(mean), jnp.zeros_like(mean)
-    return dx, dmean, dvar, dscale, dbias
-
-
-def _forward_vectors(mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float) -> Vectors:
-    inverse_std = lax.rsqrt(var + epsilon)
-    return mean, bias, scale, inverse_std, scale * inverse_std
-
-
-def _backward_vectors(
-    dbias: jax.Array, dgain: jax.Array, scale: jax.Array, inverse_std: jax.Array, *, count: int
-) -> Vectors:
-    dmean = -dbias * scale * inverse_std
-    dvar = dgain * scale * -0.5 * inverse_std**3
-    return dmean, dvar, dmean / count, dvar * (2 / count), dgain * inverse_std, dbias
-
-
-_normalize.defvjp(_normalize_forward, _normalize_backward)
+    how = norms.How(_channel_sum, call=noinline)
+    return norms.normalize(how, epsilon, batch_stats, x, mean, var, scale, bias)
 
 
 def _channel_sum(x: jax.Array) -> jax.Array:

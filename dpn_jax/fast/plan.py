@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dpn_jax.fast import cpu
+from dpn_jax.fast import cpu, tpu
 from dpn_jax.fast.grouped import Merged, Native
 from dpn_jax.fast.lanes import Lanes
 from dpn_jax.operations import PLAIN, Operations
@@ -22,6 +22,9 @@ class Plan:
       barriers: in inference, keep what feeds a convolution from being computed again for each of its taps.
       compiler_options: for `jax.jit`, on that backend only, and only where its compiler knows them.
       in_training: whether these options suit a training step too.
+      split_expand: in training, a convolution for each path after the grouped one, so that the sum with the residual
+        path is fused with it.
+      training_barriers: in training, keep what feeds a grouped convolution, and its gradient, from being fused with it.
     """
 
     grouped: tuple[tuple[int, Native], ...]
@@ -29,6 +32,8 @@ class Plan:
     barriers: bool = False
     compiler_options: tuple[tuple[str, str], ...] = ()
     in_training: bool = True
+    split_expand: bool = False
+    training_barriers: bool = False
 
     def formulation(self, per_group: int) -> Native:
         """The grouped convolution's formulation for groups of `per_group` channels."""
@@ -46,9 +51,12 @@ PLANS: dict[str, Plan] = {
     ),
     "tpu": Plan(
         grouped=((32, Merged(width=16)),),
+        operations=Operations(moments=tpu.moments, normalize=tpu.normalize),
         # both products of a `reduce`, one for each path, as one fusion
         compiler_options=(("xla_tpu_enable_multi_level_output_dot_dot_fusion", "true"),),
         in_training=False,  # a step compiles more than three times as long
+        split_expand=True,
+        training_barriers=True,  # or the input gradient is written in float32
     ),
     "gpu": Plan(grouped=((32, Merged(width=32)),)),
 }

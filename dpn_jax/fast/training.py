@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from dpn_jax.fast.plan import Plan, plan_for
@@ -43,6 +44,8 @@ def fast_apply(model: DPN, images: jax.Array, *, backend: str | None = None) -> 
     require_stock(model, "fast_apply", "call the model itself (FinetuneConfig(fast=False))")
     fast = nnx.view(nnx.clone(model), operations=training_operations(plan))
     _move_channels(fast, plan, back=False)
+    if plan.split_expand:
+        _split_expand(fast)
     before = {path: variable.get_value() for path, variable in _moving(fast)}
     outputs = fast(images)
     moved = {path for path, variable in _moving(fast) if variable.get_value() is not before[path]}
@@ -63,6 +66,8 @@ class Convolve:
         if groups == 1:
             return self.plan.operations.convolve(x, kernel, stride=stride)
         formulation = self.plan.formulation(kernel.shape[2])
+        if self.plan.training_barriers:
+            x = jax.lax.optimization_barrier(x)
         return formulation.apply(x, formulation.pack_kernel(kernel, groups), stride=stride)
 
 
@@ -89,3 +94,15 @@ def _move_channels(model: DPN, plan: Plan, *, back: bool) -> None:
                 variable.set_value(move(variable.get_value(), stage.groups))
             for conv in block.expand.convolutions:
                 conv.kernel.set_value(move(conv.kernel.get_value(), stage.groups, axis=2))
+
+
+def _split_expand(model: DPN) -> None:
+    """Gives every block one convolution for each path, as the `b` variants have them, on slices of the same kernel."""
+    for blocks in model.stages:
+        for expand in (block.expand for block in blocks if not block.expand.split):
+            kernels = jnp.split(expand.conv.kernel.get_value(), [expand.residual_channels], axis=-1)
+            expand.residual, expand.dense = expand.conv, nnx.clone(expand.conv)
+            for conv, kernel in zip((expand.residual, expand.dense), kernels, strict=True):
+                conv.kernel.set_value(kernel)
+            del expand.conv
+            expand.split = True

@@ -150,6 +150,11 @@ def test_file_names_that_are_hard_to_print(run: Run, weights: Path, tmp_path: Pa
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--image-size", "31"], "at least 32 pixels, got 31"),
         (["--device", "tpu"], "--device tpu: there is no such device here"),
+        (["--devices", "9"], "--devices must be all or 1 to 1 here (cpu), got 9"),
+        (["--devices", "0"], "--devices must be all or 1 to 1 here (cpu), got 0"),
+        (["--workers", "-1"], "--workers must be at least 0, got -1"),
+        (["--exported", "x"], "--weights has no effect with --exported, whose model is complete"),
+        (["--processes", "2"], "--coordinator, --processes and --process-index must be given together"),
         (["--labels", "LABELS"], "2 labels"),
         (["--model", "dpn29"], "unknown model 'dpn29'; did you mean dpn98 or dpn92"),
         (["--test-time-pool"], "test_time_pool is 7 but the features are only"),
@@ -288,6 +293,61 @@ def test_evaluate_counts_what_classify_says(run: Run, weights: Path, classes: Pa
     assert (code, err) == (0, "")
     expected = {"images": 3, "failed": 0, "top1": round(100 * right / 3, 3), "top5": 100.0, "images_per_second": None}
     assert json.loads(out) == expected
+
+
+def test_an_exported_file_is_classified_with(run: Run, weights: Path, classes: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.jaxexport"
+    code, out, _ = run("export", path, "--weights", weights, "--platforms", "cpu", "--uint8")
+    assert code == 0 and "uint8[b,32,32,3] to float32[b,5] on cpu" in out
+    ways = [("--exported", path, "--batch-size", 2), ("--weights", weights)]
+    exported, ours = (run("classify", classes, *way, "--format", "json")[1].splitlines() for way in ways)
+    for row, expected in zip(map(json.loads, exported), map(json.loads, ours), strict=True):
+        assert [best["label"] for best in row["predictions"]] == [best["label"] for best in expected["predictions"]]
+    assert run("evaluate", classes, *ways[0]) == run("evaluate", classes, *ways[1])
+    labels = tmp_path / "labels.txt"
+    labels.write_text("1\n2\n3\n4\n5\n")
+    assert run("classify", classes, *ways[0], "--labels", labels, "--top-k", 1)[1].split()[-1] in "12345"
+    code, out, err = run("classify", classes, "--exported", weights)
+    assert (code, out) == (2, "") and "not an exported model" in err
+
+
+@pytest.mark.slow
+def test_workers_and_all_devices_give_the_same(weights: Path, classes: Path) -> None:
+    """In a process of its own, which may have as many CPU devices as it likes."""
+    options = [(), ("--workers", "2"), ("--devices", "all")]
+    command = [*COMMAND, "classify", classes, "--weights", weights, "--format", "json"]
+    plain, worked, everywhere = (
+        subprocess.run([*command, *words], capture_output=True, text=True, timeout=300, check=True).stdout
+        for words in options
+    )
+    assert worked == plain
+    for row, expected in zip(everywhere.splitlines(), plain.splitlines(), strict=True):
+        values, others = ([best["probability"] for best in json.loads(line)["predictions"]] for line in (row, expected))
+        np.testing.assert_allclose(values, others, atol=1e-6)
+
+
+def test_packed_images_are_classified(run: Run, weights: Path, classes: Path, tmp_path: Path) -> None:
+    pytest.importorskip("array_record")
+    packed = tmp_path / "packed"
+    crops = ("--crops", "--model", "dpn68b.mx_in1k", "--image-size", 32)
+    for name, words in ("photos", ()), ("crops", crops):
+        assert run("pack", classes, packed / name, *words, "--workers", 0)[0] == 0
+    options = ("--weights", weights, "--format", "json")
+    expected = [json.loads(line) for line in run("classify", classes, *options)[1].splitlines()]
+    for name in ("photos", "crops"):
+        code, out, err = run("classify", packed / name, *options)
+        assert (code, err) == (0, "")
+        rows = [json.loads(line) for line in out.splitlines()]
+        assert [row["predictions"] for row in rows] == [row["predictions"] for row in expected]
+        assert [Path(row["image"]).relative_to(packed / name) for row in rows] == [
+            Path(row["image"]).relative_to(classes) for row in expected
+        ]
+    code, out, err = run("classify", packed / "crops", classes, *options)
+    assert (code, out) == (2, "") and "packed crops and photos cannot be classified in one run" in err
+    (shard,) = (packed / "photos").glob("*.array_record")
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    code, out, err = run("classify", packed / "photos", *options)
+    assert code == 2 and all("truncated" in line for line in err.splitlines())
 
 
 @pytest.mark.parametrize(
