@@ -1,5 +1,6 @@
 """The TPU's own compiler on whole networks, without a TPU: `.ci/run` runs this where libtpu is installed."""
 
+import collections
 from pathlib import Path
 
 import jax
@@ -11,9 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 pytest.importorskip("libtpu")
 
 import dpn_jax
-from benchmarks.tpu.compile import compile_for, inference, mesh_of, training
+from benchmarks.tpu.compile import Compiled, compile_for, inference, mesh_of, training
 from benchmarks.tpu.cycles import CHIPS
 from benchmarks.tpu.program import Program
+from dpn_jax.config import DPNConfig
 from dpn_jax.fast.plan import PLANS
 from dpn_jax.inference.export import export_model, load_exported
 from dpn_jax.multihost import AXIS
@@ -22,6 +24,47 @@ from dpn_jax.pretrained import get_config
 pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 OPTIONS = dict(PLANS["tpu"].compiler_options)
+
+
+def expected_sums(config: DPNConfig) -> dict[str, int]:
+    """How many arrays a training step sums over the chips.
+
+    For each norm and each path that it reads, two sums over the pixels and two of their gradient, in float32; the
+    gradient of each kernel, one for each path, and of the classifier's bias, in bfloat16; the loss and two counts.
+    """
+    norms, kernels = 1 + 2, 1 + 2  # the stem's and the last one; the stem's and the classifier's
+    for number, stage in enumerate(config.stages):
+        for block in range(stage.depth):
+            reading = (1 if number == block == 0 else 2) * (2 if block == 0 else 1)  # `reduce`, and `shortcut`
+            norms, kernels = norms + reading + 2, kernels + reading + 3
+    return {"f32": 4 * norms + 3, "bf16": kernels}
+
+
+def sums(compiled: Compiled) -> collections.Counter[str]:
+    program = Program.parse(compiled.text)
+    assert program.collectives().keys() == {"all-reduce"}
+    operations = (operation for body in program.computations.values() for operation in body)
+    reduced = (operation for operation in operations if operation.opcode in ("all-reduce", "all-reduce-start"))
+    return collections.Counter(array.dtype for operation in reduced for array in operation.outputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "topology", "chips", "batch", "size"),
+    [("dpn92", "v5e:4x4", 8, 128, 224), ("dpn68b", "v6e:4x4", 16, 8, 64)],
+)
+def test_a_training_step_sums_each_gradient_once(name: str, topology: str, chips: int, batch: int, size: int) -> None:
+    config = get_config(name)
+    compiled = compile_for(training(config, mesh_of(topology, chips), batch=batch, size=size), {})
+    assert sums(compiled) == expected_sums(config)
+    assert compiled.memory < CHIPS[topology[:3]].hbm
+
+
+def test_remat_takes_less_memory() -> None:
+    config, mesh = get_config("dpn92").replace(depths=(1, 1, 3, 1)), mesh_of("v5e:2x2")
+    kept, again = (
+        compile_for(training(config, mesh, batch=32, size=64, remat=remat), {}).temporary for remat in (False, True)
+    )
+    assert again < 0.8 * kept
 
 
 @pytest.mark.parametrize(
