@@ -63,10 +63,3 @@ def test_reading_is_held_against_memory(tmp_path: Path) -> None:
     rates = figures["images_per_second"]
     assert figures["ratio"] == pytest.approx(rates["files"] / rates["memory"])
     assert "ratio" in done.stdout
-
-
-def test_tpu_compiler() -> None:
-    pytest.importorskip("libtpu")
-    done = run("benchmarks.tpu_compile", "--models", "dpn48b", "--size", "32", "--batches", "8")
-    assert done.returncode == 0, done.stderr
-    assert "fast" in done.stdout and "plain" in done.stdout

@@ -1,6 +1,9 @@
 """The TPU's own compiler on whole networks, without a TPU: `.ci/run` runs this where libtpu is installed."""
 
 import collections
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -84,3 +87,15 @@ def test_an_exported_file_compiles(tmp_path: Path) -> None:
     images = jax.ShapeDtypeStruct((8, 64, 64, 3), jnp.uint8, sharding=sharding)
     compiled = compile_for(jax.jit(run).lower(images), OPTIONS)
     assert not Program.parse(compiled.text).collectives()
+
+
+def test_the_benchmark_prints_a_row_and_keeps_what_it_read(tmp_path: Path) -> None:
+    report, kept = tmp_path / "report.json", tmp_path / "kept"
+    command = [sys.executable, "-m", "benchmarks.tpu_compile", "--models", "dpn_tiny", "--size", "32", "--batches", "8"]
+    command += ["--forms", "fast", "--operations", "1", "--keep", str(kept), "--json", str(report)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(report.read_text())["rows"]
+    assert 0 < row["compute"] <= row["cycles"] < 1e6 and row["memory"] > row["temporary"]
+    assert f"{row['compile_s']:.0f}" in done.stdout
+    assert (kept / "dpn_tiny-inference-v5e_2x2-1-8-fast" / "program.hlo").exists()
