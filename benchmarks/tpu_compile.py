@@ -7,6 +7,7 @@ twice too high and no ranking.
 """
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -61,41 +62,38 @@ def main(options: Options) -> None:
         f"{'model':<8}{'task':<10}{'topology':<9}{'chips':>6}{'batch':>7}  {'form':<6}{'cycles':>8}{'compute':>9}"
         f"{'GB':>7}{'async GB':>9}{'heuristic':>10}{'memory MB':>10}{'compile s':>10}"
     )
-    for name in options.models:
-        for task in options.tasks:
-            for topology in options.topologies:
-                for chips in options.chips:
-                    for batch in options.batches:
-                        for form in options.forms:
-                            row = {"model": name, "task": task, "topology": topology, "chips": chips, "batch": batch}
-                            row |= {"form": form, **measure(row, form, options)}
-                            report["rows"].append(row)
-                            print(
-                                f"{name:<8}{task:<10}{topology:<9}{chips:>6}{batch:>7}  {form:<6}"
-                                f"{row['cycles'] / 1e6:>8.1f}{row['compute'] / 1e6:>9.1f}{row['bytes'] / 1e9:>7.1f}"
-                                f"{row['async_bytes'] / 1e9:>9.1f}{row['heuristic'] / 1e6:>10.1f}"
-                                f"{row['memory'] / 1e6:>10.0f}{row['compile_s']:>10.0f}",
-                                flush=True,
-                            )
+    choices = (options.models, options.tasks, options.topologies, options.chips, options.batches, options.forms)
+    for choice in itertools.product(*choices):
+        row = dict(zip(("model", "task", "topology", "chips", "batch", "form"), choice, strict=True))
+        row |= measure(row, options)
+        report["rows"].append(row)
+        print(
+            f"{row['model']:<8}{row['task']:<10}{row['topology']:<9}{row['chips']:>6}{row['batch']:>7}  "
+            f"{row['form']:<6}{row['cycles'] / 1e6:>8.1f}{row['compute'] / 1e6:>9.1f}{row['bytes'] / 1e9:>7.1f}"
+            f"{row['async_bytes'] / 1e9:>9.1f}{row['heuristic'] / 1e6:>10.1f}{row['memory'] / 1e6:>10.0f}"
+            f"{row['compile_s']:>10.0f}",
+            flush=True,
+        )
     if options.json:
         options.json.write_text(json.dumps(report, indent=2))
 
 
-def measure(row: dict[str, object], form: Form, options: Options) -> dict[str, float]:
+def measure(row: dict[str, object], options: Options) -> dict[str, float]:
     """Compiles the program of a row, and reads what the compiler wrote."""
     config, mesh = get_config(row["model"]), mesh_of(row["topology"], row["chips"])
-    shape = {"batch": row["batch"], "size": options.size, "form": form}
+    shape = {"batch": row["batch"], "size": options.size, "form": row["form"]}
     if row["task"] == "inference":
         lowered = inference(config, mesh, **shape)
     else:
         lowered = training(config, mesh, **shape, remat=row["task"] == "remat")
-    fused = form == "fast" and (row["task"] == "inference" or PLANS["tpu"].in_training)
-    shutil.rmtree(dump_folder(), ignore_errors=True)
+    fused = row["form"] == "fast" and (row["task"] == "inference" or PLANS["tpu"].in_training)
+    for path in dump_folder().iterdir():
+        path.unlink()
     compiled = compile_for(lowered, dict(PLANS["tpu"].compiler_options) if fused else {})
     program = Program.parse(compiled.text)
     found = costs(program, read_schedules(dump_folder()), CHIPS[row["topology"].partition(":")[0]])
     if options.keep:
-        _keep(compiled, options.keep / "-".join(str(value) for value in (*row.values(), form)).replace(":", "_"))
+        _keep(compiled, options.keep / "-".join(map(str, row.values())).replace(":", "_"))
     for cost in sorted(found, key=lambda cost: -cost.cycles)[: options.operations]:
         _print_cost(cost)
     return {

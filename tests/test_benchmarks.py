@@ -65,10 +65,3 @@ def test_reading_is_held_against_memory(tmp_path: Path) -> None:
     assert "ratio" in done.stdout
     assert figures["reading"]["ratio"] == pytest.approx(figures["reading"]["packed"] / figures["reading"]["decoded"])
     assert figures["reading"]["ratio"] > 10, "packed crops are read ten times as fast as photos are decoded"
-
-
-def test_tpu_compiler() -> None:
-    pytest.importorskip("libtpu")
-    done = run("benchmarks.tpu_compile", "--models", "dpn48b", "--size", "32", "--batches", "8")
-    assert done.returncode == 0, done.stderr
-    assert "fast" in done.stdout and "plain" in done.stdout
