@@ -8,6 +8,7 @@ the two.
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from benchmarks.report import print_setting
 from convert.timm_import import import_timm
 from dpn_jax.images.loading import crops
 from dpn_jax.images.transform import Transform
-from dpn_jax.pretrained import default_preprocessing
+from dpn_jax.pretrained import Preprocessing, default_preprocessing
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 
@@ -72,7 +73,7 @@ def main(options: Options) -> None:
             "end to end, processes": lambda: processes.stream(files),
         }
         if options.torch:
-            ways["torch's DataLoader"] = lambda: dataloader(files, transform, options)
+            ways["torch's DataLoader"] = lambda: dataloader(files, transform.preprocessing, options)
         times: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(options.rounds + 1):
             for name, way in ways.items():
@@ -128,29 +129,34 @@ class Batch:
         self.batch = images
 
 
-def dataloader(files: list[str], transform: Transform, options: Options) -> Iterable[Batch]:
+def dataloader(files: list[str], preprocessing: Preprocessing, options: Options) -> Iterable[Batch]:
     """timm's evaluation transform in torch's DataLoader."""
+    import_timm()
     import torch
 
-    create_transform = import_timm().data.create_transform
-    settings = transform.preprocessing
-    prepare = create_transform(
-        (3, settings.height, settings.width), interpolation=settings.interpolation, mean=settings.mean,
-        std=settings.std, crop_pct=settings.crop_fraction,
-    )  # fmt: skip
     loader = torch.utils.data.DataLoader(
-        Photos(files, prepare), batch_size=options.batch_size, num_workers=options.workers,
+        Photos(files, preprocessing), batch_size=options.batch_size, num_workers=options.workers,
         multiprocessing_context="spawn",  # a fork of a process that runs JAX may hang
     )  # fmt: skip
     for batch in loader:
         yield Batch(len(batch))
 
 
+@dataclasses.dataclass(frozen=True)
 class Photos:
     """A torch data set of photos."""
 
-    def __init__(self, files: list[str], prepare: Callable[[Image.Image], object]) -> None:
-        self.files, self.prepare = files, prepare
+    files: list[str]
+    preprocessing: Preprocessing
+
+    @functools.cached_property
+    def prepare(self) -> Callable[[Image.Image], object]:
+        """timm's transform; made in the worker that uses it."""
+        settings = self.preprocessing
+        return import_timm().data.create_transform(
+            (3, settings.height, settings.width), interpolation=settings.interpolation, mean=settings.mean,
+            std=settings.std, crop_pct=settings.crop_fraction,
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.files)

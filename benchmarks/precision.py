@@ -2,11 +2,13 @@
 
 A TPU multiplies bfloat16 numbers. With JAX's default matmul precision it rounds float32 factors to bfloat16 and sums in
 float32; with `jax.default_matmul_precision("highest")` it does not round. A bfloat16 model rounds what lies between the
-layers too. Real photos and parts of them; random weights and norm statistics, since the published ones are on the hub
-(`--weights` measures a file).
+layers too. Beside it, what decoding JPEG files at a part of their size does (`--fast-decode`): files whose shorter side
+has 1,024 pixels. Real photos and parts of them; random weights and norm statistics, since the published ones are on the
+hub (`--weights` measures a file).
 """
 
 import dataclasses
+import io
 import json
 import sys
 from pathlib import Path
@@ -52,12 +54,13 @@ def main(options: Options) -> None:
     print("|---|---|---|---|---|")
     for name in options.models:
         model, half = (built(name, options, dtype) for dtype in ("float32", "bfloat16"))
-        images = jnp.asarray(photographs(name, options))
+        images, fast_decoded = photographs(name, options)
         exact = np.asarray(run(model, images), np.float64)
         for arithmetic, logits in {
             "float32, default precision": run(nnx.view(nnx.clone(model), operations=ROUNDED), images),
             "bfloat16": run(half, images),
             "bfloat16, fast form": FastForward(half, PLANS["tpu"])(images),
+            "float32, fast decoding": run(model, fast_decoded),
         }.items():
             row = {"model": name, "arithmetic": arithmetic, **compared(exact, np.asarray(logits, np.float64))}
             report["rows"].append(row)
@@ -84,18 +87,22 @@ def built(name: str, options: Options, dtype: str) -> dpn_jax.DPN:
     return randomize(dpn_jax.create_model(name, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
-def photographs(name: str, options: Options) -> np.ndarray:
-    """Normalized photos and quarters of photos, `[B, H, W, 3]`."""
+def photographs(name: str, options: Options) -> tuple[jax.Array, jax.Array]:
+    """Normalized photos and quarters of photos, `[B, H, W, 3]`: decoded in full, and at a part of their size."""
     settings = dataclasses.replace(default_preprocessing(dpn_jax.pretrained.get_config(name)), image_size=options.size)
-    transform = Transform(settings)
-    images = []
+    files = []
     for path in PHOTOS[: options.photos]:
         with Image.open(path) as opened:
             photo = opened.convert("RGB")
         middle, bottom = photo.width // 2, photo.height // 2
         boxes = [(left, top, left + middle, top + bottom) for left in (0, middle) for top in (0, bottom)]
-        images += [transform(photo), *(transform(photo.crop(box)) for box in boxes)]
-    return np.stack(images)
+        for part in (photo, *map(photo.crop, boxes)):
+            scale = 1024 / min(part.size)
+            file = io.BytesIO()
+            part.resize((round(part.width * scale), round(part.height * scale))).save(file, "JPEG", quality=92)
+            files.append(file.getvalue())
+    exact, fast = (Transform(settings, fast_decode=fast_decode) for fast_decode in (False, True))
+    return jnp.stack([exact(file) for file in files]), jnp.stack([fast(file) for file in files])
 
 
 @jax.jit
