@@ -1,8 +1,6 @@
 """The training step's forward pass: `fast_apply`, the model with other operations and other orders of channels."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -73,43 +71,6 @@ class Convolve:
         return formulation.apply(x, formulation.pack_kernel(kernel, groups), stride=stride)
 
 
-@dataclasses.dataclass(frozen=True)
-class SplitConvolve:
-    """`operations.convolve` as one convolution for the first `channels` outputs and one for the others.
-
-    XLA fuses each with what follows it, where the two halves of one result would be written and read again. The
-    gradient is that of one convolution, which does not write the sum of two.
-    """
-
-    convolve: Callable[..., jax.Array]
-    channels: int
-
-    def __call__(self, x: jax.Array, kernel: jax.Array, *, stride: int = 1, groups: int = 1) -> jax.Array:
-        """See `operations.convolve`."""
-        return _split_convolve(functools.partial(self.convolve, stride=stride, groups=groups), self.channels, x, kernel)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _split_convolve(convolve: Callable[..., jax.Array], channels: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jnp.concatenate([convolve(x, part) for part in jnp.split(kernel, [channels], axis=-1)], axis=-1)
-
-
-def _split_convolve_forward(
-    convolve: Callable[..., jax.Array], channels: int, x: jax.Array, kernel: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _split_convolve(convolve, channels, x, kernel), (x, kernel)
-
-
-def _split_convolve_backward(
-    convolve: Callable[..., jax.Array], channels: int, inputs: tuple[jax.Array, jax.Array], dy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    del channels
-    return jax.vjp(convolve, *inputs)[1](dy)
-
-
-_split_convolve.defvjp(_split_convolve_forward, _split_convolve_backward)
-
-
 def training_operations(plan: Plan) -> Operations:
     """What a training step computes with: the plan's operations, and its formulations of the grouped convolution."""
     return dataclasses.replace(plan.operations, convolve=Convolve(plan))
@@ -136,8 +97,12 @@ def _move_channels(model: DPN, plan: Plan, *, back: bool) -> None:
 
 
 def _split_expand(model: DPN) -> None:
-    """Has every block's last convolution computed as two, one for each path."""
+    """Gives every block one convolution for each path, as the `b` variants have them, on slices of the same kernel."""
     for blocks in model.stages:
         for expand in (block.expand for block in blocks if not block.expand.split):
-            convolve = SplitConvolve(expand.conv.operations.convolve, expand.residual_channels)
-            expand.conv.operations = dataclasses.replace(expand.conv.operations, convolve=convolve)
+            kernels = jnp.split(expand.conv.kernel.get_value(), [expand.residual_channels], axis=-1)
+            expand.residual, expand.dense = expand.conv, nnx.clone(expand.conv)
+            for conv, kernel in zip((expand.residual, expand.dense), kernels, strict=True):
+                conv.kernel.set_value(kernel)
+            del expand.conv
+            expand.split = True
