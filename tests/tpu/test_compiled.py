@@ -63,11 +63,9 @@ def test_a_training_step_sums_each_gradient_once(name: str, topology: str, chips
 
 
 def test_remat_takes_less_memory() -> None:
-    config, mesh = get_config("dpn92").replace(depths=(1, 1, 3, 1)), mesh_of("v5e:2x2")
-    kept, again = (
-        compile_for(training(config, mesh, batch=32, size=64, remat=remat), {}).temporary for remat in (False, True)
-    )
-    assert again < 0.8 * kept
+    config, mesh = get_config("dpn_tiny"), mesh_of("v5e:2x2")
+    kept, again = (compile_for(training(config, mesh, batch=128, remat=remat), {}).temporary for remat in (False, True))
+    assert again < 0.9 * kept
 
 
 @pytest.mark.parametrize(
