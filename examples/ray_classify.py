@@ -1,8 +1,8 @@
 """Classifies any number of photos on a Ray cluster: `python -m examples.ray_classify PHOTOS RESULTS`.
 
 Ray Data reads the encoded photos, hands them to actors that hold a `Classifier` each, and writes a row for every photo
-into Parquet files. The classifier decodes, so that the pixels are timm's; a photo that cannot be read becomes a row that
-says why. What a node had not delivered when it died is done again elsewhere: there is one row for every photo.
+into Parquet files. The classifier decodes, so the pixels are timm's; a photo that cannot be read gets a row that says
+why. What a node had not delivered when it died is done again on another: there is one row for every photo.
 
 PHOTOS and RESULTS are URLs such as gs://bucket/photos, or folders that all nodes share. On every node, install
 "dpn-jax[ray]". To send it to a cluster: `ray job submit --working-dir . -- python -m examples.ray_classify ...`
@@ -33,9 +33,8 @@ from dpn_jax.images.read import SUFFIXES, UNSUPPORTED_SUFFIXES
 
 READ_AHEAD = 8
 """Batches that an actor gets at a time: it decodes the next ones while its devices compute one."""
-LABELS, INDICES = pyarrow.list_(pyarrow.string()), pyarrow.list_(pyarrow.int32())
-PROBABILITIES = pyarrow.list_(pyarrow.float32())
-SCHEMA = {"labels": LABELS, "indices": INDICES, "probabilities": PROBABILITIES, "error": pyarrow.string()}
+STRINGS, INTEGERS, FLOATS = (pyarrow.list_(kind()) for kind in (pyarrow.string, pyarrow.int32, pyarrow.float32))
+SCHEMA = {"labels": STRINGS, "indices": INTEGERS, "probabilities": FLOATS, "error": pyarrow.string()}
 """Columns of the results, beside those of the photos: the classes, best first, or an error."""
 
 
