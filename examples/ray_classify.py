@@ -1,15 +1,12 @@
 """Classifies any number of photos on a Ray cluster: `python -m examples.ray_classify PHOTOS RESULTS`.
 
 Ray Data reads the encoded photos, hands them to actors that hold a `Classifier` each, and writes a row for every photo
-into Parquet files. The classifier decodes, so the pixels are timm's; a photo that cannot be read gets a row that says
-why. What a node had not delivered when it died is done again on another: there is one row for every photo.
+into Parquet files; a photo that cannot be read gets a row that says why. The classifier decodes, as timm does. What a
+node had not delivered when it died is done again on another: there is one row for every photo.
 
-PHOTOS and RESULTS are URLs such as gs://bucket/photos, or folders that all nodes share. On every node, install
-"dpn-jax[ray]". To send it to a cluster: `ray job submit --working-dir . -- python -m examples.ray_classify ...`
-
-An actor runs its model on all devices that Ray gives it. On TPU hosts ask for all the chips of a host, which Ray
-detects: `--tpus 4` or `--tpus 8`. Each actor is a JAX program of its own, so use single-host slices: in a larger one
-JAX waits for the other hosts. For GPUs: `--gpus 1`. Tested on a cluster of CPUs only, never on TPU.
+PHOTOS and RESULTS are URLs such as gs://bucket/photos, or folders that all nodes share. Every node needs
+"dpn-jax[ray]". On a cluster: `ray job submit --working-dir . -- python -m examples.ray_classify ...`
+On TPU (not run there; tests run a cluster of CPUs) ask for all chips of a host, `--tpus 4` or 8: see docs/tpu.md.
 """
 
 import contextlib
@@ -20,7 +17,6 @@ from typing import Annotated, Literal
 import tyro
 
 try:
-    import pyarrow
     import pyarrow.dataset
     import ray.data
 except ImportError as error:
@@ -32,9 +28,9 @@ from dpn_jax.errors import ImageError
 from dpn_jax.images.read import SUFFIXES, UNSUPPORTED_SUFFIXES
 
 READ_AHEAD = 8
-"""Batches that an actor gets at a time: it decodes the next ones while its devices compute one."""
+"""Batches that an actor gets at a time: it decodes some while its devices compute another."""
 STRINGS, INTEGERS, FLOATS = (pyarrow.list_(kind()) for kind in (pyarrow.string, pyarrow.int32, pyarrow.float32))
-SCHEMA = {"labels": STRINGS, "indices": INTEGERS, "probabilities": FLOATS, "error": pyarrow.string()}
+COLUMNS = {"labels": STRINGS, "indices": INTEGERS, "probabilities": FLOATS, "error": pyarrow.string()}
 """Columns of the results, beside those of the photos: the classes, best first, or an error."""
 
 
@@ -56,10 +52,8 @@ class Options:
     """Classes of each photo; defaults to 5, or fewer if the model has fewer."""
     batch_size: int = 64
     """Photos in a batch, over all devices of an actor."""
-    actors: int | None = None
-    """At most so many; defaults to as many as the cluster has room for."""
     cpus: float = 1
-    """CPUs of an actor."""
+    """CPUs of an actor; there are as many actors as the cluster has room for."""
     gpus: float = 0
     """GPUs of an actor."""
     tpus: int = 0
@@ -74,7 +68,7 @@ class PhotoClassifier:
         self.model = Classifier.from_pretrained(options.model, dtype=options.dtype, batch_size=size, devices="all")
 
     def __call__(self, photos: pyarrow.Table) -> pyarrow.Table:
-        """Classifies photos: the column of encoded images is replaced by those of `SCHEMA`."""
+        """Classifies photos: the column of encoded images is replaced by `COLUMNS`."""
         rows, encoded = [], photos[self.column].to_pylist()
         # with a total, every batch is padded to the full size: one program runs, however Ray cuts the photos
         for result in self.model.stream(encoded, top_k=self.top_k, total=self.model.batch_size):
@@ -83,10 +77,10 @@ class PhotoClassifier:
             else:
                 labels, probabilities, indices, _ = zip(*result, strict=True)
                 rows.append({"labels": labels, "indices": indices, "probabilities": probabilities})
-        table = photos.drop_columns(self.column)
-        for name, values in zip(SCHEMA, pyarrow.Table.from_pylist(rows, pyarrow.schema(SCHEMA)), strict=True):
-            table = table.append_column(name, values)
-        return table
+        classified = pyarrow.Table.from_pylist(rows, pyarrow.schema(COLUMNS))
+        for name in COLUMNS:
+            photos = photos.append_column(name, classified[name])
+        return photos.drop_columns(self.column)
 
 
 def main(options: Options) -> int:
@@ -95,16 +89,22 @@ def main(options: Options) -> int:
         if pyarrow.dataset.dataset(options.results).count_rows():
             raise ValueError(f"{options.results}: there are results already; name a new folder, or remove these")
     if options.column:
+        columns = pyarrow.dataset.dataset(options.photos).schema.names
+        if options.column not in columns:
+            raise ValueError(f"{options.photos}: no column {options.column!r}, only {', '.join(columns)}")
         photos = ray.data.read_parquet(options.photos)
-        if options.column not in photos.columns():
-            raise ValueError(f"{options.photos}: no column {options.column!r}, only {', '.join(photos.columns())}")
     else:
         suffixes = sorted(SUFFIXES | UNSUPPORTED_SUFFIXES.keys())  # what Pillow cannot read gets a row too
         photos = ray.data.read_binary_files(options.photos, include_paths=True, file_extensions=suffixes)
-    room = {"num_cpus": options.cpus, "num_gpus": options.gpus, "resources": {"TPU": options.tpus}}
-    actors = ray.data.ActorPoolStrategy(min_size=1, max_size=options.actors)
-    batches = {"batch_size": READ_AHEAD * options.batch_size, "batch_format": "pyarrow"}
-    classified = photos.map_batches(PhotoClassifier, fn_constructor_args=(options,), compute=actors, **batches, **room)
+    classified = photos.map_batches(
+        PhotoClassifier,
+        fn_constructor_args=(options,),
+        batch_size=READ_AHEAD * options.batch_size,
+        batch_format="pyarrow",
+        num_cpus=options.cpus,
+        num_gpus=options.gpus,
+        resources={"TPU": options.tpus} if options.tpus else None,  # Ray refuses 0
+    )
     try:
         classified.write_parquet(options.results)
     except ray.exceptions.ActorDiedError as error:  # an unknown model, for example; the reason is the last line

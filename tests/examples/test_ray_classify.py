@@ -85,19 +85,20 @@ def test_without_ray_it_says_what_to_install() -> None:
     assert output.endswith(': pip install "dpn-jax[ray]"\n') and output.count("\n") == 1
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator["Cluster"]:
+@pytest.fixture(scope="module")
+def cluster() -> Iterator["Cluster"]:
     """Two nodes, each with raylet, object store and workers of its own; `RAY_ADDRESS` is theirs."""
     from ray.cluster_utils import Cluster
 
-    for name, value in (("PYTHONPATH", ROOT), ("JAX_PLATFORMS", "cpu"), ("RAY_USAGE_STATS_ENABLED", 0)):
-        monkeypatch.setenv(name, str(value))  # for the workers, which the nodes start
     folder = tempfile.mkdtemp(prefix="ray")  # sockets are in it: pytest's folders have too long names
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "temp_dir": folder})
-    cluster.add_node(**NODE)
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    yield cluster
-    cluster.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("PYTHONPATH", ROOT), ("JAX_PLATFORMS", "cpu"), ("RAY_USAGE_STATS_ENABLED", 0)):
+            patch.setenv(name, str(value))  # for the workers, which the nodes start
+        cluster = Cluster(initialize_head=True, head_node_args={**NODE, "temp_dir": folder})
+        cluster.add_node(**NODE)
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        yield cluster
+        cluster.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -145,6 +146,48 @@ def assert_same(rows: list[dict], paths: list[Path]) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Ray
+def test_parquet_and_an_unknown_model(cluster: "Cluster", photos: Path, tmp_path: Path) -> None:
+    import pyarrow.dataset
+    import pyarrow.parquet
+
+    paths = sorted(photos.rglob("?.jpg"))
+    table = {"path": [str(path) for path in paths], "image": [path.read_bytes() for path in paths], "truth": range(20)}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "photos.parquet")
+    source, results = tmp_path / "photos.parquet", tmp_path / "results"
+
+    def finished(*words: object) -> tuple[int, str]:
+        job = run(source, *words, "--batch-size", 4)
+        output, _ = job.communicate(timeout=200)
+        return job.returncode, output.strip().split("\n")[-1]
+
+    code, line = finished(results, "--column", "image", "--model", MODEL)
+    assert (code, line) == (1, f"20 photos in {results}, 1 of them not readable: see the column error")
+    rows = pyarrow.dataset.dataset(results).to_table().to_pylist()
+    assert_same(rows, paths)
+    assert {row["path"]: row["truth"] for row in rows} == {str(path): index for index, path in enumerate(paths)}
+
+    code, line = finished(tmp_path / "new", "--column", "image", "--model", "dpn93")
+    assert code == 2 and line.startswith("dpn-jax: ValueError: unknown model 'dpn93'")
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore")  # of Ray
+def test_what_is_refused_before_ray_starts(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    from examples.ray_classify import Options, main
+
+    table = tmp_path / "photos.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"path": ["cat.jpg"], "image": [b""]}), table)
+    with pytest.raises(ValueError, match=r"photos\.parquet: no column 'bytes', only path, image$"):
+        main(Options(str(table), str(tmp_path / "new"), column="bytes"))
+    with pytest.raises(ValueError, match=r"there are results already; name a new folder, or remove these$"):
+        main(Options(str(table), str(tmp_path), column="image"))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Ray
 def test_nothing_is_lost_or_double_when_a_node_dies(cluster: "Cluster", photos: Path, tmp_path: Path) -> None:
     import pyarrow.dataset
 
@@ -160,7 +203,6 @@ def test_nothing_is_lost_or_double_when_a_node_dies(cluster: "Cluster", photos: 
     cluster.remove_node(doomed, allow_graceful=False)
     begun_there = begun(doomed_node=True)
     (tmp_path / "go").touch()
-    cluster.add_node(**NODE)  # as whoever runs a cluster puts another in its place
     output, _ = job.communicate(timeout=200)
     assert job.returncode == 1, output  # one photo is broken
     assert "120 photos" in output and "1 of them not readable" in output
@@ -170,33 +212,3 @@ def test_nothing_is_lost_or_double_when_a_node_dies(cluster: "Cluster", photos: 
     assert again >= set(held["paths"])  # the batch that died with its node was done again on another
     rows = pyarrow.dataset.dataset(tmp_path / "results").to_table().to_pylist()
     assert_same(rows, sorted(photos.rglob("*.jpg")))
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of Ray
-def test_parquet_and_what_is_refused(cluster: "Cluster", photos: Path, tmp_path: Path) -> None:
-    import pyarrow.dataset
-    import pyarrow.parquet
-
-    paths = sorted(photos.rglob("?.jpg"))
-    table = {"path": [str(path) for path in paths], "image": [path.read_bytes() for path in paths], "truth": range(20)}
-    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "photos.parquet")
-    source, results = tmp_path / "photos.parquet", tmp_path / "results"
-
-    def finished(*words: object) -> tuple[int, str]:
-        job = run(source, *words, "--batch-size", 4)
-        output, _ = job.communicate(timeout=200)
-        return job.returncode, output.strip().split("\n")[-1]
-
-    assert finished(results, "--column", "image", "--model", MODEL)[0] == 1
-    rows = pyarrow.dataset.dataset(results).to_table().to_pylist()
-    assert_same(rows, paths)
-    assert {row["path"]: row["truth"] for row in rows} == {str(path): index for index, path in enumerate(paths)}
-
-    code, line = finished(results, "--column", "image", "--model", MODEL)
-    assert (code, line) == (2, f"dpn-jax: {results}: there are results already; name a new folder, or remove these")
-    code, line = finished(tmp_path / "new", "--column", "bytes", "--model", MODEL)
-    assert (code, line) == (2, f"dpn-jax: {source}: no column 'bytes', only path, image, truth")
-    code, line = finished(tmp_path / "new", "--column", "image", "--model", "dpn93")
-    assert code == 2 and line.startswith("dpn-jax: ValueError: unknown model 'dpn93'")
