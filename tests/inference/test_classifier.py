@@ -14,6 +14,7 @@ from dpn_jax.errors import ImageError
 from dpn_jax.fast.fold import Folded
 from dpn_jax.images.transform import Transform
 from dpn_jax.inference.evaluation import score
+from dpn_jax.inference.pipeline import Pipeline
 from dpn_jax.inference.throughput import Clock
 from tests.support.models import TINY, randomize
 
@@ -230,11 +231,18 @@ def test_prepared_images_are_taken_as_they_are(classifier: dpn_jax.Classifier, p
     ]
 
 
-def test_a_part_of_a_list_gets_the_bits_of_the_whole(pictures: list[np.ndarray]) -> None:
-    model = randomize(dpn_jax.create_model(TINY))
-    classifier = dpn_jax.Classifier(model, batch_size=8)
+def test_a_part_of_a_list_gets_the_bits_of_the_whole(
+    pictures: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, dispatch = [], Pipeline._dispatch
+    monkeypatch.setattr(
+        Pipeline, "_dispatch", lambda self, images, size: sizes.append(size) or dispatch(self, images, size)
+    )
+    classifier = dpn_jax.Classifier(randomize(dpn_jax.create_model(TINY)), batch_size=8)
     whole = list(classifier.stream(pictures))
     assert list(classifier.stream(pictures[8:], total=11)) == whole[8:]
+    assert list(classifier.stream(pictures[8:], total=3)) != []
+    assert sizes == [8, 8, 8, 4]  # another size is another program, which may round otherwise
 
 
 @pytest.mark.slow
