@@ -4,9 +4,9 @@ Ray Data reads the encoded photos, hands them to actors that hold a `Classifier`
 into Parquet files; a photo that cannot be read gets a row that says why. The classifier decodes, as timm does. What a
 node had not delivered when it died is done again on another: there is one row for every photo.
 
-PHOTOS and RESULTS are URLs such as gs://bucket/photos, or folders that all nodes share. Every node needs
-"dpn-jax[ray]". On a cluster: `ray job submit --working-dir . -- python -m examples.ray_classify ...`
-On TPU (not run there; tests run a cluster of CPUs) ask for all chips of a host, `--tpus 4` or 8: see docs/tpu.md.
+PHOTOS and RESULTS are URLs such as gs://bucket/photos, or folders that all nodes share; every node needs
+"dpn-jax[ray]". Run it on a node, or `ray job submit --working-dir . -- python -m examples.ray_classify ...`.
+On TPU (not run there: the tests have a cluster of CPUs) ask for all chips of a host, `--tpus 4` or `--tpus 8`.
 """
 
 import contextlib
@@ -90,8 +90,10 @@ def main(options: Options) -> int:
             raise ValueError(f"{options.results}: there are results already; name a new folder, or remove these")
     if options.column:
         columns = pyarrow.dataset.dataset(options.photos).schema.names
-        if options.column not in columns:
-            raise ValueError(f"{options.photos}: no column {options.column!r}, only {', '.join(columns)}")
+        if options.column not in columns or COLUMNS.keys() & set(columns):
+            raise ValueError(
+                f"{options.photos}: needs column {options.column!r} and none of {[*COLUMNS]}, has {columns}"
+            )
         photos = ray.data.read_parquet(options.photos)
     else:
         suffixes = sorted(SUFFIXES | UNSUPPORTED_SUFFIXES.keys())  # what Pillow cannot read gets a row too

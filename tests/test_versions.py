@@ -17,7 +17,7 @@ PINNED = {
 }
 LOWEST = {
     canonicalize_name(requirement.name): requirement
-    for requirement in map(Requirement, [*PROJECT["dependencies"], *EXTRAS["finetune"]])
+    for requirement in map(Requirement, [*PROJECT["dependencies"], *EXTRAS["finetune"], *EXTRAS["ray"]])
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -178,9 +179,10 @@ def test_what_is_refused_before_ray_starts(tmp_path: Path) -> None:
     from examples.ray_classify import Options, main
 
     table = tmp_path / "photos.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"path": ["cat.jpg"], "image": [b""]}), table)
-    with pytest.raises(ValueError, match=r"photos\.parquet: no column 'bytes', only path, image$"):
-        main(Options(str(table), str(tmp_path / "new"), column="bytes"))
+    for columns in (["path", "image"], ["error", "bytes"]):
+        pyarrow.parquet.write_table(pyarrow.table({name: ["a"] for name in columns}), table)
+        with pytest.raises(ValueError, match=f"needs column 'bytes' and .* has {re.escape(str(columns))}$"):
+            main(Options(str(table), str(tmp_path / "new"), column="bytes"))
     with pytest.raises(ValueError, match=r"there are results already; name a new folder, or remove these$"):
         main(Options(str(table), str(tmp_path), column="image"))
 
