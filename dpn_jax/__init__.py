@@ -15,6 +15,8 @@ from dpn_jax.fast.training import fast_apply as fast_apply
 from dpn_jax.images.transform import preprocessing as preprocessing
 from dpn_jax.inference.classifier import Classifier as Classifier
 from dpn_jax.inference.classifier import Prediction as Prediction
+from dpn_jax.inference.evaluation import Accuracy as Accuracy
+from dpn_jax.inference.evaluation import evaluate as evaluate
 from dpn_jax.inference.export import export_model as export_model
 from dpn_jax.inference.export import load_exported as load_exported
 from dpn_jax.inference.throughput import Throughput as Throughput

@@ -1,9 +1,12 @@
 """Every exception of the package; how a reason and a path are printed on one line; URLs, refused."""
 
+import errno
 import os
 import re
 from pathlib import Path
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+"""What a file system says that has no locks; what is written there goes without."""
 _SYSTEM_ERRORS = ("No space left on device", "File too large", "Disk quota exceeded", "Permission denied")
 _MOST = 200  # characters of a name or a reason
 
@@ -99,6 +102,10 @@ class ImageError(ValueError):
     """An image or a folder of images cannot be read; the message is one printable line that names it."""
 
 
+class PackError(ValueError):
+    """Images cannot be packed; the message is one line that names the folder or the file."""
+
+
 class ExportError(ValueError):
     """A model cannot be exported, or an exported model not read; the message is one line that names the file."""
 
@@ -109,6 +116,10 @@ class DataError(ValueError):
 
 class RunError(ValueError):
     """A run, of fine-tuning or in several processes, cannot go on; the message is one line: why, and what to do."""
+
+
+class ProcessLostError(RunError):
+    """Another process of the run has ended; this one can only end too."""
 
 
 class DivergedError(RunError):

@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -11,13 +13,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dpn_jax.errors import RunError, reason
+from dpn_jax.errors import ProcessLostError, RunError, reason
 
 Value = TypeVar("Value")
 Tree = TypeVar("Tree")
 
 AXIS = "data"
 
+_UNITS_IN_EXCHANGE = 8
 _HEARTBEAT = 30
 """Seconds without a sign of life after which a process is given up, and with it all others."""
 
@@ -45,6 +48,32 @@ def connect(coordinator: str | None = None, processes: int | None = None, index:
         raise RunError(f"the processes cannot connect ({reason(error)}); see jax.distributed") from error
 
 
+def meet() -> None:
+    """Waits for the other processes, after the devices are chosen: the first exchange of the processes of one run.
+
+    On CPUs the library that exchanges data greets on stdout, where only results belong.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax.experimental.multihost_utils import sync_global_devices
+
+    with _stdout_to_stderr():
+        sync_global_devices("dpn_jax")
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Sends to stderr what native code prints to stdout."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
 def is_first() -> bool:
     """Whether this is process 0, the one that writes files and messages."""
     return jax.process_index() == 0
@@ -66,16 +95,22 @@ def gather(value: Value) -> list[Value]:
 
     Args:
       value: anything JSON can hold.
+
+    Raises:
+      ProcessLostError: another process has ended.
     """
     if jax.process_count() == 1:
         return [value]
     from jax.experimental.multihost_utils import process_allgather
 
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = process_allgather(np.int32(text.size))
-    padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)  # few sizes, for each of which JAX compiles
-    padded[: text.size] = text
-    rows = process_allgather(padded)
+    try:
+        sizes = process_allgather(np.int32(text.size))
+        padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)  # few sizes, for each of which JAX compiles
+        padded[: text.size] = text
+        rows = process_allgather(padded)
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        raise ProcessLostError(f"lost another process ({reason(error)}); see what it printed last") from error
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
@@ -155,7 +190,7 @@ def require_same(names: Sequence[str], what: str) -> None:
             )
 
 
-def merged(work: Callable[[Iterator[int]], Iterable[Value]], count: int, *, each: int) -> Iterator[Value]:
+def merged(work: Callable[[Iterator[int]], Iterable[Value]], count: int, *, unit: int) -> Iterator[Value]:
     """Shares out `count` items over the processes, and yields the results of all of them, in order, in every process.
 
     Every process takes part in every exchange, whether it has items or not, and tells there if it failed.
@@ -164,7 +199,7 @@ def merged(work: Callable[[Iterator[int]], Iterable[Value]], count: int, *, each
       work: called once, with the indices of this process's items; gives a result for each, in order,
         that JSON can hold.
       count: number of items, the same in every process.
-      each: most items of a process between two exchanges.
+      unit: items that stay together: each process takes the items of whole units, eight between two exchanges.
 
     Raises:
       RunError: `work` failed in another process. If it failed in this one, its exception.
@@ -173,11 +208,12 @@ def merged(work: Callable[[Iterator[int]], Iterable[Value]], count: int, *, each
     if processes == 1:  # each result as it comes
         yield from work(iter(range(count)))
         return
-    firsts = range(0, count, each * processes)
+    most = _UNITS_IN_EXCHANGE * unit * processes
+    firsts = range(0, count, most)
 
     def part(first: int) -> range:
-        last = min(first + each * processes, count)
-        size = -(-(last - first) // processes)
+        last = min(first + most, count)
+        size = -(-(last - first) // (processes * unit)) * unit
         return range(min(first + this * size, last), min(first + (this + 1) * size, last))
 
     results = iter(work(itertools.chain.from_iterable(part(first) for first in firsts)))

@@ -63,3 +63,27 @@ def test_reading_is_held_against_memory(tmp_path: Path) -> None:
     rates = figures["images_per_second"]
     assert figures["ratio"] == pytest.approx(rates["files"] / rates["memory"])
     assert "ratio" in done.stdout
+    assert figures["reading"]["ratio"] == pytest.approx(figures["reading"]["packed"] / figures["reading"]["decoded"])
+    assert figures["reading"]["ratio"] > 10, "packed crops are read ten times as fast as photos are decoded"
+
+
+@pytest.mark.usefixtures("timm_models")
+def test_the_host_is_held_against_the_model(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    options = ("--size", "32", "--photos", "16", "--batch-size", "4", "--rounds", "1")
+    done = run("benchmarks.classify", *options, json_file=report)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(report.read_text())
+    rates = figures["images_per_second"]
+    assert set(rates) > {"model", "torch's DataLoader"} and all(rate > 0 for rate in rates.values())
+    assert figures["by torch"] == pytest.approx(rates["decoding, processes"] / rates["torch's DataLoader"])
+
+
+def test_rounding_is_held_against_float32(tmp_path: Path) -> None:
+    pytest.importorskip("tests.support.photos")
+    report = tmp_path / "report.json"
+    done = run("benchmarks.precision", "--models", "dpn48b", "--photos", "1", "--size", "64", json_file=report)
+    assert done.returncode == 0, done.stderr
+    rows = {row["arithmetic"]: row for row in json.loads(report.read_text())["rows"]}
+    assert len(rows) == 4
+    assert all(1e-6 < row["error"] < 0.2 and row["cosine"] < 1 for row in rows.values())

@@ -26,7 +26,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 """
 TORCH = ("torch", "timm", "torchvision")
-EXTRAS = ("orbax", "grain", "tensorboardX", "matplotlib", "etils")
+EXTRAS = ("orbax", "grain", "array_record", "tensorboardX", "matplotlib", "etils")
 
 ORDER = [
     "config",

@@ -14,6 +14,10 @@ from dpn_jax.cli.options import ClassifierOptions, option
 from dpn_jax.cli.output import DONE, NOTHING_DONE, SOME_FAILED, Format, json_line, note_once, note_throughput, progress
 from dpn_jax.errors import ImageError, printable, shown
 from dpn_jax.images.folders import image_files
+from dpn_jax.images.packed import PackedImages, is_packed
+from dpn_jax.images.read import ImageSource
+from dpn_jax.images.sources import are_crops
+from dpn_jax.images.transform import Transform
 from dpn_jax.inference.classifier import Prediction
 from dpn_jax.multihost import is_first, require_same, together
 
@@ -23,7 +27,7 @@ class Classify(ClassifierOptions):
     """Classify photos."""
 
     images: Annotated[tuple[str, ...], tyro.conf.Positional, option("IMAGE_OR_FOLDER...", hint="(required)")]
-    """Photos, or folders of photos."""
+    """Photos, folders of photos, or folders that `dpn-jax pack` has written."""
     top_k: Annotated[int | None, option("K", "5, or fewer if the model has fewer classes")] = None
     """Number of classes to print per image."""
     format: Format = "table"
@@ -39,19 +43,21 @@ class Classify(ClassifierOptions):
         if "" in self.images:  # such as from a shell variable that is not set; to Path it would be the current folder
             raise ValueError("the name of a photo or folder is empty")
         found = together(lambda: list(self._found()))
-        require_same(list(map(str, found)), "images")
-        paths = [path for path in found if not isinstance(path, ImageError)]
-        failures = [path for path in found if isinstance(path, ImageError)]
+        failures = [image for image in found if isinstance(image, ImageError)]
+        photos = Photos([image for image in found if not isinstance(image, ImageError)])
+        require_same([*photos.names, *map(str, failures)], "images")
         for failure in failures:
             note_once(str(failure))
-        if not paths:
+        if not photos:
             return NOTHING_DONE
         classifier = together(self.classifier)
         done = 0
-        with contextlib.closing(classifier.stream_in_processes(paths, top_k=self.top_k)) as results:
+        prepared = together(lambda: photos.are_crops(classifier.transform))
+        results = classifier.stream_in_processes(photos, top_k=self.top_k, prepared=prepared)
+        with contextlib.closing(results):
             if is_first():
                 print_header(self.format)
-            for path, result in zip(paths, progress(results, len(paths), "image"), strict=True):
+            for path, result in zip(photos.names, progress(results, len(photos), "image"), strict=True):
                 if isinstance(result, ImageError):
                     failures.append(result)
                     note_once(str(result))
@@ -64,15 +70,51 @@ class Classify(ClassifierOptions):
             return NOTHING_DONE
         return SOME_FAILED if failures else DONE
 
-    def _found(self) -> Iterator[str | ImageError]:
-        """Yields the files, and an error for each folder without images."""
+    def _found(self) -> Iterator[tuple[str, PackedImages | None] | ImageError]:
+        """Yields the files, each with the packed folder it is in, and an error for each folder without images."""
         for name in self.images:
-            if not Path(name).is_dir():
-                yield name
-            elif files := image_files(name):
-                yield from map(str, files)
+            packed = PackedImages(name) if is_packed(name) else None
+            if packed is None and not Path(name).is_dir():
+                yield name, None
+            elif files := image_files(name) if packed is None else packed.files:
+                yield from ((str(file), packed) for file in files)
             else:
                 yield ImageError(f"{shown(name)}: no images in this folder")
+
+
+class Photos(Sequence[ImageSource | ImageError]):
+    """Photos by name, and images of packed folders, which are read when they are asked for.
+
+    Args:
+      found: the path of each image, and the packed folder that it is in, if it is.
+    """
+
+    def __init__(self, found: Sequence[tuple[str, PackedImages | None]]) -> None:
+        self.names = [name for name, _ in found]
+        self._packed = [packed for _, packed in found]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> ImageSource | ImageError:
+        name, packed = self.names[index], self._packed[index]
+        try:
+            return name if packed is None else packed.image(name)
+        except ImageError as error:
+            return error
+
+    def are_crops(self, transform: Transform) -> bool:
+        """Whether they are packed crops of this transform.
+
+        Raises:
+          ImageError: they are crops of another one.
+          ValueError: some are crops and others are not.
+        """
+        folders = {id(packed): packed for packed in self._packed}.values()
+        kinds = {packed is not None and are_crops(packed, transform) for packed in folders}
+        if len(kinds) > 1:
+            raise ValueError("packed crops and photos cannot be classified in one run; name one of them")
+        return kinds == {True}
 
 
 def print_header(format: Format) -> None:

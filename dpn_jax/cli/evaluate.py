@@ -18,16 +18,18 @@ from dpn_jax.cli.output import (
     progress,
     text_table,
 )
+from dpn_jax.images.sources import Unlabeled, are_crops
 from dpn_jax.inference.evaluation import labeled_images, score
 from dpn_jax.multihost import is_first, require_same, together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate(ClassifierOptions):
-    """Measure top-1 and top-5 accuracy on a folder of class folders."""
+    """Measure top-1 and top-5 accuracy on labeled images."""
 
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Holds one folder of images per class, named by label, WordNet synset or class index."""
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Holds one folder of images per class, named by label, WordNet synset or class index; or was written
+    by `dpn-jax pack`; or is a file *.csv with columns image (paths) and label (such names)."""
     format: Format = "table"
     """table for people; json or csv for programs."""
 
@@ -35,11 +37,11 @@ class Evaluate(ClassifierOptions):
         """Classifies every image, then prints one row."""
         self.check()
         classifier = together(self.classifier)
-        examples = together(lambda: labeled_images(self.folder, classifier))
-        paths = [path for path, _ in examples]
-        require_same(list(map(str, paths)), "images")
-        with contextlib.closing(classifier.stream_in_processes(paths)) as results:
-            accuracy = score(progress(results, len(examples), "image"), (label for _, label in examples))
+        images = together(lambda: labeled_images(self.data, classifier))
+        require_same(list(images.files), "images")
+        prepared = together(lambda: are_crops(images, classifier.transform))
+        with contextlib.closing(classifier.stream_in_processes(Unlabeled(images), prepared=prepared)) as results:
+            accuracy = score(progress(results, len(images), "image"), images.labels)
         for failure in accuracy.failures:
             note_once(str(failure))
         if not accuracy.images:

@@ -23,6 +23,8 @@ class Export(ModelOptions):
     """Where the file will run: one platform gets its fast form, several get a portable one."""
     batch_size: int | Literal["symbolic"] = "symbolic"
     """Images per batch; symbolic means any number."""
+    uint8: bool = False
+    """Take uint8 images, resized and cropped, and normalize them in the program."""
     force: bool = False
     """Overwrite an existing DESTINATION."""
 
@@ -36,6 +38,7 @@ class Export(ModelOptions):
             platforms=self.platforms,
             batch_size=None if self.batch_size == "symbolic" else self.batch_size,
             image_size=settings.image_size,
+            uint8=self.uint8,
             overwrite=self.force,
         )
         (images,), (logits,) = exported.in_avals, exported.out_avals

@@ -18,7 +18,7 @@ from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.record import Record, read_record
 from dpn_jax.finetune.report import CURVES, EVENTS, METRICS, read_metrics
 from dpn_jax.finetune.run import Finetuned, finetune
-from dpn_jax.multihost import is_first
+from dpn_jax.multihost import is_first, meet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,8 @@ class Finetune(ProcessOptions):
     """Fine-tune a model on a folder that has one folder of images per class."""
 
     folder: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA", help_behavior_hint="")] = None
-    """Holds train/CLASS/* and val/CLASS/*, or CLASS/*, of which --val-fraction is held out for validation."""
+    """Holds train/CLASS/* and val/CLASS/*, or CLASS/*, of which --val-fraction is held out for validation; or what
+    `dpn-jax pack` has written in place of these folders."""
     output: Annotated[str, tyro.conf.arg(metavar="RUN")]
     """The run's folder: checkpoints, metrics and, at the end, model.safetensors."""
     model: Annotated[str | None, tyro.conf.arg(metavar="TAG", help_behavior_hint="")] = None
@@ -49,6 +50,7 @@ class Finetune(ProcessOptions):
         if not self.resume and not self.model and not self.weights:
             raise ValueError("choose what to start from: --model TAG (see dpn-jax models) or --weights FILE")
         self.join()
+        meet()
         result = finetune(
             self.folder,
             self.output,

@@ -19,7 +19,7 @@ from dpn_jax.cli import early
 from dpn_jax.cli.cache import keep_compiled
 from dpn_jax.cli.output import DONE, INTERRUPTED, NOTHING_DONE, SOME_FAILED, note
 from dpn_jax.cli.words import parse
-from dpn_jax.errors import reason, shortened, shown
+from dpn_jax.errors import ProcessLostError, reason, shortened, shown
 from dpn_jax.fast.memory import keep_freed_memory
 
 
@@ -87,6 +87,9 @@ def guarded(command: Callable[[list[str]], int], arguments: Sequence[str] | None
         if in_full:
             traceback.print_exc()
         note(shortened(in_one_line(error), 1000))
+        if isinstance(error, ProcessLostError):
+            sys.stdout.flush()
+            os._exit(NOTHING_DONE)  # JAX would wait for the other process, and then abort
         return NOTHING_DONE
     finally:
         if sys.unraisablehook is ours:  # a failed checkpoint leaves another one behind, on purpose

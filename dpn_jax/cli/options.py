@@ -17,7 +17,7 @@ from dpn_jax.images.transform import Transform
 from dpn_jax.inference.classifier import Classifier
 from dpn_jax.inference.export import read_artifact
 from dpn_jax.model import DPN
-from dpn_jax.multihost import connect
+from dpn_jax.multihost import connect, meet
 from dpn_jax.pretrained import PRETRAINED, Preprocessing, default_preprocessing
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -147,6 +147,7 @@ class ClassifierOptions(ProcessOptions, ModelOptions):
             raise ValueError(f"--{clash[0].replace('_', '-')} has no effect with --exported, whose model is complete")
         self.join()
         find_devices(self.device, self.devices)
+        meet()
 
     def classifier(self) -> Classifier:
         """Loads the model as a classifier."""

@@ -14,6 +14,7 @@ from dpn_jax.cli.export import Export
 from dpn_jax.cli.finetune import Finetune, finetune_command
 from dpn_jax.cli.models import Models
 from dpn_jax.cli.options import Command
+from dpn_jax.cli.pack import Pack
 
 COMMANDS = {
     "classify": Classify,
@@ -21,6 +22,7 @@ COMMANDS = {
     "finetune": Finetune,
     "convert": Convert,
     "export": Export,
+    "pack": Pack,
     "models": Models,
 }
 

@@ -6,11 +6,9 @@ import functools
 import hashlib
 import logging
 import math
-import os
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,7 +17,8 @@ from PIL import Image
 from dpn_jax.errors import DataError, ImageError
 from dpn_jax.finetune.augment import color_jitter, rand_augment, random_crop
 from dpn_jax.finetune.config import FinetuneConfig
-from dpn_jax.images.read import read_image
+from dpn_jax.images.read import ImageSource, read_image
+from dpn_jax.images.sources import LabeledImages, prepared, transform_for
 from dpn_jax.images.splits import ImageFolder
 from dpn_jax.images.transform import Transform
 from dpn_jax.images.workers import prefetched, refuse_in_starting_worker
@@ -99,7 +98,7 @@ class BatchIterator(Iterator[Batch]):
 
 
 def batches(
-    folder: ImageFolder,
+    source: LabeledImages,
     config: FinetuneConfig,
     preprocessing: Preprocessing,
     *,
@@ -108,13 +107,15 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> BatchIterator:
-    """Reads, augments and batches the images of a folder.
+    """Reads, augments and batches images.
 
     Each epoch's order depends only on `config.seed` and the epoch, each image's augmentation on these and its index, so
     that neither the number of workers nor an interruption changes anything. Images stay uint8: the step normalizes.
 
     Args:
-      folder: the images.
+      source: the images: an `ImageFolder`, `PackedImages`, a Hugging Face `datasets.Dataset`, or anything else with
+        `len()` and `[index]`, whose items are an image, as `read_image` accepts it, and its class. Packed crops are
+        augmented as if they were photos.
       config: batch size, seed, workers, augmentation; `image_size`, if set, overrides that of `preprocessing`.
       preprocessing: size, interpolation, and channels (RGB, or gray if `mean` has one value).
       train: True: shuffled and augmented; drops an incomplete last batch of an epoch. False: in order, with timm's
@@ -128,12 +129,13 @@ def batches(
       `config.skip_broken` is set) or a worker dies.
 
     Raises:
-      DataError: a training batch is larger than the data, or the images would not be square.
+      DataError: a training batch is larger than the data, the images would not be square, or they are packed crops
+        that would be used as they are and have another geometry.
       ValueError: `process_count` does not divide the batch size, or `preprocessing` has neither 1 nor 3 channels.
 
     Example:
-      >>> folder = ImageFolder(("cat", "dog"), ("cat/1.png", "dog/1.png", "dog/2.png"), (0, 1, 1))
-      >>> batches(folder, FinetuneConfig(batch_size=2), Preprocessing(), train=True).per_epoch
+      >>> source = [("cat/1.png", 0), ("dog/1.png", 1), ("dog/2.png", 1)]
+      >>> batches(source, FinetuneConfig(batch_size=2), Preprocessing(), train=True).per_epoch
       1
     """
     refuse_in_starting_worker()
@@ -141,8 +143,8 @@ def batches(
         raise ValueError(f"process_index must be in [0, {process_count}), got {process_index!r}")
     if config.batch_size % process_count:
         raise ValueError(f"batch_size must be a multiple of the {process_count} processes, got {config.batch_size}")
-    if train and config.batch_size > len(folder):
-        raise DataError(f"batch_size {config.batch_size} is larger than the {len(folder)} training images; lower it")
+    if train and config.batch_size > len(source):
+        raise DataError(f"batch_size {config.batch_size} is larger than the {len(source)} training images; lower it")
     if config.image_size is not None:
         preprocessing = dataclasses.replace(preprocessing, image_size=config.image_size)
     if preprocessing.height != preprocessing.width:
@@ -150,8 +152,15 @@ def batches(
         raise DataError(f"training images are square, but those of the weights are {size} pixels; pass --image-size")
     if epochs is None and not train:
         epochs = 1
-    source = _Batches(folder, config, Transform(preprocessing), train, epochs, process_index, process_count)
-    return BatchIterator(source, config.workers)
+    transform = Transform(preprocessing)
+    if not train or not _crops_at_random(config):
+        try:
+            transform = transform_for(source, preprocessing)
+        except ImageError as error:
+            raise DataError(str(error)) from error
+    return BatchIterator(
+        _Batches(source, config, transform, train, epochs, process_index, process_count), config.workers
+    )
 
 
 def find_broken(folder: ImageFolder, config: FinetuneConfig, preprocessing: Preprocessing) -> dict[str, str]:
@@ -187,7 +196,7 @@ def _order(seed: int, epoch: int, size: int) -> np.ndarray:
 class _Batches:
     """The batches of a run by index: the source of Grain's workers."""
 
-    folder: ImageFolder
+    source: LabeledImages
     config: FinetuneConfig
     transform: Transform
     train: bool
@@ -198,15 +207,14 @@ class _Batches:
     @property
     def per_epoch(self) -> int:
         rounded = math.floor if self.train else math.ceil
-        return rounded(len(self.folder) / self.config.batch_size)
+        return rounded(len(self.source) / self.config.batch_size)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of everything that determines the order of the images; the folder's location does not."""
+        """A hash of everything that determines the order of the images; of an unknown source, its length only."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(repr((self.train, self.config.batch_size, self.config.seed)).encode())
-        for file, label in zip(self.folder.files, self.folder.labels, strict=True):
-            digest.update(b"%d/%s\0" % (label, os.fsencode(Path(file).name)))
+        digest.update(getattr(self.source, "identity", b"%d" % len(self.source)))
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -214,7 +222,7 @@ class _Batches:
 
     def __getitem__(self, index: int) -> Batch:
         epoch, number = divmod(index, self.per_epoch)
-        config, size, total = self.config, self.transform.preprocessing.image_size, len(self.folder)
+        config, size, total = self.config, self.transform.preprocessing.image_size, len(self.source)
         order = _order(config.seed, epoch, total) if self.train else range(total)
         count = config.batch_size // self.process_count
         first = number * config.batch_size + self.process_index * count
@@ -234,40 +242,51 @@ class _Batches:
 
         Source: `timm.data.dataset.ImageDataset` for the next.
         """
-        total = len(self.folder)
+        total, skipped = len(self.source), getattr(self.source, "skipped", frozenset())
+        problem = ""
         for index in (number % total for number in range(chosen, chosen + (total if self.train else 1))):
-            file = self.folder.files[index]
-            if index in self.folder.skipped:
+            if index in skipped:
                 continue
             try:
-                if not self.train:
-                    return self.transform.crop(file), self.folder.labels[index]
-                generator = np.random.default_rng([self.config.seed, epoch, chosen + 1])
-                return _augmented(file, self.config, self.transform, generator), self.folder.labels[index]
+                return prepared(self.source, index, functools.partial(self._prepare, epoch=epoch, chosen=chosen))
             except ImageError as error:
                 if not self.config.skip_broken:
                     raise DataError(
                         f"{error}; repair or remove it and continue with --resume, or without such files with "
                         "--resume --skip-broken"
                     ) from error
-                _warn_once(f"skipped: {error}")
+                problem = str(error)
+                _warn_once(f"skipped: {problem}")
         if self.train:
-            raise DataError(f"none of the {total} images can be read; {self.folder.files[chosen]} is one of them")
+            raise DataError(f"none of the {total} images can be read: {problem or 'all are skipped'}")
         return None
 
+    def _prepare(self, image: ImageSource, *, epoch: int, chosen: int) -> np.ndarray:
+        """uint8 [S, S, C]."""
+        if not self.train:
+            return self.transform.crop(image)
+        generator = np.random.default_rng([self.config.seed, epoch, chosen + 1])
+        return _augmented(image, self.config, self.transform, generator)
 
-def _augmented(file: str, config: FinetuneConfig, transform: Transform, generator: np.random.Generator) -> np.ndarray:
+
+def _crops_at_random(config: FinetuneConfig) -> bool:
+    return config.crop_scale != (1, 1)
+
+
+def _augmented(
+    source: ImageSource, config: FinetuneConfig, transform: Transform, generator: np.random.Generator
+) -> np.ndarray:
     """uint8 [S, S, C], in timm's order: `timm.data.transforms_factory.transforms_imagenet_train`."""
     settings = transform.preprocessing
     size, channels = settings.image_size, len(settings.mean)
-    if config.crop_scale == (1, 1):
-        pixels = transform.crop(file)
+    if not _crops_at_random(config):
+        pixels = transform.crop(source)
         image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
     else:
         scale, ratio = config.crop_scale, config.crop_ratio
         # the smallest possible crop must not be enlarged unless full decoding would enlarge it too
         at_least = math.ceil(size / math.sqrt(scale[0] * min(ratio[0], 1 / ratio[1], 1)))
-        image = read_image(file, mode="L" if channels == 1 else "RGB", at_least=at_least)
+        image = read_image(source, mode="L" if channels == 1 else "RGB", at_least=at_least)
         image = random_crop(image, size, generator, scale=scale, ratio=ratio, interpolation=settings.interpolation)
     if generator.random() < config.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -294,9 +313,10 @@ class _Checks:
 
     def __getitem__(self, index: int) -> list[tuple[str, str]]:
         broken = []
-        for file in self.folder.files[index * _FILES_PER_CHECK : (index + 1) * _FILES_PER_CHECK]:
+        start = index * _FILES_PER_CHECK
+        for number in range(start, min(start + _FILES_PER_CHECK, len(self.folder))):
             try:
-                self.transform.crop(file)
+                prepared(self.folder, number, self.transform.crop)
             except ImageError as error:
-                broken.append((file, str(error)))
+                broken.append((self.folder.files[number], str(error)))
         return broken

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from dpn_jax.config import DPNConfig
-from dpn_jax.errors import RunError, reason, shortened, shown
+from dpn_jax.errors import NO_LOCKS, RunError, reason, shortened, shown
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.images.splits import ImageFolder
 from dpn_jax.pretrained import Preprocessing
@@ -23,8 +22,6 @@ _FREE = frozenset({"epochs", "workers", "keep", "checkpoint_every", "skip_broken
 """Options that may differ when a run is resumed."""
 _MOST_MISSING = 0.1
 """The largest fraction of a run's images that may be gone: beyond it, the folder is another one."""
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-"""What a file system says that has no locks; a run in it goes without."""
 _VERSIONS = ("dpn-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 
 
@@ -126,7 +123,7 @@ def opened(output: Path, *, resume: bool) -> Iterator[None]:
     except filelock.Timeout:
         raise RunError(f"{shown(output)}: another process is training in it; wait for its end, or stop it") from None
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise RunError(f"{shown(output)}: cannot be created ({reason(error)})") from error
     try:
         if not resume and any(entry.name != LOCK for entry in output.iterdir()):

@@ -127,9 +127,10 @@ def resumed(output: Path, config: FinetuneConfig | None, given: Given, say: Call
     # process 0's options count for all: perhaps only it sees the run's folder
     config = config_from_json(on_first(lambda: dataclasses.asdict(saved.continued(output, config, given.start, say))))
     root = local_path(given.folder or saved.folder, error=DataError).absolute()
-    now = image_folders(root, val_fraction=config.val_fraction, seed=config.seed)
+    now = Images(*image_folders(root, val_fraction=config.val_fraction, seed=config.seed))
     present = {file for split in now for file in split.files}
-    images = Images(**find_images(on_first(lambda: read_images(output)), root, present, say))
+    found = find_images(on_first(lambda: read_images(output)), root, present, say)
+    images = Images(*(dataclasses.replace(found[name], packed=split.packed) for name, split in now._asdict().items()))
     has_checkpoint = on_first(lambda: any(path.name.isdigit() for path in (output / CHECKPOINTS).glob("*")))
     # without a checkpoint it starts anew, from the same weights
     source = saved.architecture if has_checkpoint else given.source or saved.start["source"] or saved.architecture

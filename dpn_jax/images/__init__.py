@@ -1,1 +1,4 @@
-"""From photos to arrays: `read`, `transform`; class names: `labels`; which files: `folders`, `splits`."""
+"""From photos to arrays: `read`, `transform`; names of classes: `labels`; which images: `folders`, `splits`, `sources`.
+
+Packed images: `records`, `packed`, `pack`.
+"""

@@ -78,7 +78,7 @@ def class_folders(root: str | os.PathLike) -> dict[str, list[Path]]:
             raise ImageError(f"{shown(folder)}: a second folder of this name, in another Unicode form; join the two")
     if not folders:
         raise ImageError(f"{shown(root)}: no class folders; expected {shown(root / '<class>' / '<image>')}")
-    classes = {name: walk.images(folders[name]) for name in sorted(folders, key=_natural_key)}
+    classes = {name: walk.images(folders[name]) for name in sorted(folders, key=natural_key)}
     walk.tell()
     if any(classes.values()) and not any(file.parent == folders[name] for name in classes for file in classes[name]):
         names = ", ".join(shown(f"{folder.name}/") for folder in sorted(folders.values())[:3])
@@ -179,6 +179,11 @@ def _class_name(folder: Path) -> str:
     return unicodedata.normalize("NFC", os.fsencode(folder.name).decode("utf-8", "backslashreplace"))
 
 
-def _natural_key(name: str) -> tuple[list[str | int], str]:
-    """Sorts digits as numbers and ignores case."""
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """What class names are sorted by: digits count as numbers, and case does not.
+
+    Example:
+      >>> sorted(["b", "10", "2", "A"], key=natural_key)
+      ['2', '10', 'A', 'b']
+    """
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name

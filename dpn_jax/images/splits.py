@@ -1,5 +1,6 @@
-"""Which images are trained on and which are held out: the splits of a folder of class folders."""
+"""Images and their classes: of class folders, a CSV file or a packed folder; which are trained on, which held out."""
 
+import csv
 import dataclasses
 import hashlib
 import os
@@ -8,8 +9,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
-from dpn_jax.errors import DataError, ImageError, local_path, shown
-from dpn_jax.images.folders import Walk, class_folders
+from dpn_jax.errors import DataError, ImageError, local_path, reason, shown
+from dpn_jax.images.folders import Walk, class_folders, natural_key
+from dpn_jax.images.packed import PackedImages, identity, is_packed
+from dpn_jax.images.read import ImageSource
+from dpn_jax.pretrained import Preprocessing
 
 Split = Literal["train", "val", "all"]
 
@@ -21,7 +25,7 @@ _SPLIT_NAMES = {  # timm.data.dataset_factory
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
-    """Images and their classes.
+    """Images and their classes; `folder[index]` is an image, as `read_image` accepts it, and its class.
 
     Args:
       class_names: names of the classes, in the order of the logits.
@@ -29,15 +33,31 @@ class ImageFolder:
       labels: class of each image, its index in `class_names`.
       skipped: indices of images that are not read. In training the next image takes the place of such a one, so that
         nothing else moves.
+      packed: where the files are; defaults to the file system.
     """
 
     class_names: tuple[str, ...]
     files: tuple[str, ...]
     labels: tuple[int, ...]
     skipped: frozenset[int] = frozenset()
+    packed: PackedImages | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[ImageSource, int]:
+        file = self.files[index]
+        return file if self.packed is None else self.packed.image(file), self.labels[index]
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """The geometry of the images where they are packed crops; None for photos."""
+        return self.packed and self.packed.preprocessing
+
+    @property
+    def identity(self) -> bytes:
+        """Names and classes of the images, in their order; where they are makes no difference."""
+        return identity(self.files, self.labels)
 
     def without(self, files: Collection[str]) -> "ImageFolder":
         """The same without some of the files, such as those that `find_broken` found.
@@ -50,10 +70,25 @@ class ImageFolder:
           ('a.png', 'c.png')
         """
         files = frozenset(files)
-        kept = [(file, label) for file, label in zip(self.files, self.labels, strict=True) if file not in files]
-        for label in sorted(set(self.labels) - {label for _, label in kept}):
+        kept = self.select([index for index, file in enumerate(self.files) if file not in files])
+        for label in sorted(set(self.labels) - set(kept.labels)):
             raise DataError(f"class {self.class_names[label]!r}: none of its images can be read; add some that can")
-        return ImageFolder(self.class_names, *(tuple(column) for column in zip(*kept, strict=True)))
+        return kept
+
+    def select(self, indices: Collection[int]) -> "ImageFolder":
+        """The images at some indices, in their order here; none of them is skipped.
+
+        Example:
+          >>> ImageFolder(("cat", "dog"), ("a.png", "b.png", "c.png"), (0, 1, 1)).select({2, 0}).labels
+          (0, 1)
+        """
+        chosen = sorted(indices)
+        return dataclasses.replace(
+            self,
+            files=tuple(self.files[index] for index in chosen),
+            labels=tuple(self.labels[index] for index in chosen),
+            skipped=frozenset(),
+        )
 
 
 def image_folder(
@@ -95,7 +130,7 @@ def image_folder(
     if folders := _split_folders(root):
         names = " and ".join(f"{folder.name}/" for folder in folders.values())
         raise DataError(f"{shown(root)}: has {names}; name one of the two")
-    return _labeled(_two_or_more_classes(root))
+    return _two_or_more_classes(root)
 
 
 def image_folders(
@@ -120,28 +155,86 @@ def image_folders(
             raise DataError(
                 f"{shown(root)}: has {names}, so --val-fraction (val_fraction={val_fraction}) does not apply"
             )
-        classes = {name: _two_or_more_classes(folder) for name, folder in folders.items()}
-        if difference := sorted(classes["train"].keys() ^ classes["val"].keys()):
+        found = {name: _two_or_more_classes(folder) for name, folder in folders.items()}
+        names = {split: set(images.class_names) for split, images in found.items()}
+        if difference := sorted(names["train"] ^ names["val"]):
             name = difference[0]
             raise DataError(
                 f"{shown(root)}: {folders['train'].name}/ and {folders['val'].name}/ must have the same class folders, "
                 f"but {len(difference)} are in one only, such as "
-                f"{shown(folders['train' if name in classes['train'] else 'val'] / name)}"
+                f"{shown(folders['train' if name in names['train'] else 'val'] / name)}"
             )
-        return [_labeled(classes[split]) for split in splits]
+        return [found[split] for split in splits]
     fraction = 0.2 if val_fraction is None else val_fraction
     if "val" in splits and fraction == 0:
         raise DataError(f"{shown(root)}: val_fraction 0 leaves no images to validate with")
     everything = _two_or_more_classes(root)
+    if fraction == 0:
+        return [everything for _ in splits]
+    held_out = _held_out(everything, root, fraction, seed)
     return [
-        _labeled({name: _split(name, files, root, split, fraction, seed) for name, files in everything.items()})
+        everything.select(held_out if split == "val" else held_out.symmetric_difference(range(len(everything))))
         for split in splits
     ]
 
 
-def _labeled(classes: dict[str, list[Path]]) -> ImageFolder:
-    pairs = [(str(file.absolute()), label) for label, files in enumerate(classes.values()) for file in files]
-    return ImageFolder(tuple(classes), *(tuple(column) for column in zip(*pairs, strict=True)))
+def list_images(path: str | os.PathLike) -> ImageFolder:
+    """Lists the images of class folders, of a packed folder or of a CSV file; no image is opened.
+
+    Args:
+      path: a folder as for `class_folders`; one that `dpn-jax pack` has written; or a file `*.csv`, whose columns
+        `image` and `label` have each image's path, from the file's folder, and the name of its class.
+
+    Returns:
+      The images, as paths that begin with `path` (absolute ones, if they are packed), with at least one class; the
+      classes in the natural order of their names (2 before 10).
+
+    Raises:
+      ImageError: `class_folders` fails, the packed folder's manifest or the CSV file cannot be read, or a line of that
+        is not complete; the message names the folder, or the file and the line.
+
+    Example:
+      >>> list_images("no-such.csv")
+      Traceback (most recent call last):
+      dpn_jax.errors.ImageError: no-such.csv: cannot be read (No such file or directory)
+    """
+    root = local_path(path, error=ImageError)
+    if is_packed(root):
+        packed = PackedImages(root)
+        return ImageFolder(packed.class_names, packed.files, packed.labels, packed=packed)
+    if root.suffix.lower() == ".csv" and not root.is_dir():
+        return _from_csv(root)
+    classes = class_folders(root)
+    return _labeled([(file, name) for name, files in classes.items() for file in files])
+
+
+def _labeled(pairs: Sequence[tuple[Path, str]]) -> ImageFolder:
+    """From each image and the name of its class."""
+    names = tuple(sorted({name for _, name in pairs}, key=natural_key))
+    index = {name: label for label, name in enumerate(names)}
+    return ImageFolder(names, tuple(str(file) for file, _ in pairs), tuple(index[name] for _, name in pairs))
+
+
+def _from_csv(path: Path) -> ImageFolder:
+    pairs = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, strict=True)
+            if missing := {"image", "label"} - set(rows.fieldnames or ()):
+                raise ImageError(
+                    f"{shown(path)}: no column {', '.join(sorted(missing))} in its first line; expected image,label"
+                )
+            for row in rows:
+                if not row["image"] or not row["label"]:
+                    raise ImageError(f"{shown(path)}: line {rows.line_num}: an image and a label expected")
+                pairs.append((path.parent / row["image"], unicodedata.normalize("NFC", row["label"])))
+    except OSError as error:
+        raise ImageError(f"{shown(path)}: cannot be read ({reason(error)})") from error
+    except (csv.Error, UnicodeError) as error:
+        raise ImageError(f"{shown(path)}: not a CSV file in UTF-8 ({reason(error)})") from error
+    if not pairs:
+        raise ImageError(f"{shown(path)}: no images; expected a line for each after image,label")
+    return _labeled(pairs)
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -151,7 +244,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
     try:
         for folder in walk.folders(root):
             split = next((split for split, names in _SPLIT_NAMES.items() if folder.name.lower() in names), None)
-            if split and walk.folders(folder):
+            if split and (walk.folders(folder) or is_packed(folder)):
                 twin = found.setdefault(split, folder)
                 if twin is not folder:
                     raise DataError(f"{shown(root)}: {twin.name}/ and {folder.name}/ are both {split}; remove one")
@@ -160,30 +253,34 @@ def _split_folders(root: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _two_or_more_classes(root: Path) -> dict[str, list[Path]]:
+def _two_or_more_classes(root: Path) -> ImageFolder:
     try:
-        classes = class_folders(root)
+        images = list_images(root)
     except ImageError as error:
         raise DataError(str(error)) from error
-    if len(classes) == 1:
-        raise DataError(f"{shown(root)}: one class only, {shown(Path(*classes))}; there must be two or more")
-    return classes
+    if len(images.class_names) == 1:
+        raise DataError(f"{shown(root)}: one class only, {shown(Path(*images.class_names))}; there must be two or more")
+    return dataclasses.replace(images, files=tuple(str(Path(file).absolute()) for file in images.files))
 
 
-def _split(
-    class_name: str, files: list[Path], root: Path, split: Literal["train", "val"], fraction: float, seed: int
-) -> list[Path]:
-    """The files of one class that belong to `split`, in their order."""
-    if fraction == 0:
-        return files if split == "train" else []
-    if len(files) < 2:
-        folder = shown(root / class_name)
-        raise DataError(f"{folder}: one image is too few to split; add some, or make folders train/ and val/")
+def _held_out(images: ImageFolder, root: Path, fraction: float, seed: int) -> set[int]:
+    """The indices of the images that are 'val': in each class, those whose names have the smallest hashes."""
+    of_class: dict[int, list[int]] = {label: [] for label in range(len(images.class_names))}
+    for index, label in enumerate(images.labels):
+        of_class[label].append(index)
 
-    def digest(file: Path) -> bytes:
-        name = unicodedata.normalize("NFC", file.relative_to(root).as_posix().partition("/")[2])
-        return hashlib.blake2b(os.fsencode(f"{seed}/{class_name}/{name}"), digest_size=16).digest()
+    def digest(index: int) -> bytes:
+        name = unicodedata.normalize("NFC", Path(images.files[index]).relative_to(root.absolute()).as_posix())
+        folder, _, rest = name.partition("/")
+        class_name = images.class_names[images.labels[index]]
+        return hashlib.blake2b(os.fsencode(f"{seed}/{class_name}/{rest or folder}"), digest_size=16).digest()
 
-    count = min(max(round(len(files) * fraction), 1), len(files) - 1)
-    held_out = set(sorted(files, key=digest)[:count])
-    return [file for file in files if (file in held_out) == (split == "val")]
+    held_out: set[int] = set()
+    for label, indices in of_class.items():
+        if len(indices) < 2:
+            folder = shown(root / images.class_names[label])
+            few = "one image is" if indices else "no images are"
+            raise DataError(f"{folder}: {few} too few to split; add some, or make folders train/ and val/")
+        count = min(max(round(len(indices) * fraction), 1), len(indices) - 1)
+        held_out.update(sorted(indices, key=digest)[:count])
+    return held_out

@@ -22,9 +22,6 @@ from dpn_jax.model import DPN
 from dpn_jax.multihost import merged
 from dpn_jax.pretrained import default_preprocessing
 
-_BATCHES_IN_EXCHANGE = 8
-"""Batches of a process between two exchanges of results with the others."""
-
 
 class Prediction(NamedTuple):
     """A class and its probability."""
@@ -282,7 +279,7 @@ class Classifier:
 
         return (
             ImageError(result) if isinstance(result, str) else [self._named(*prediction) for prediction in result]
-            for result in merged(work, len(images), each=_BATCHES_IN_EXCHANGE * self.batch_size)
+            for result in merged(work, len(images), unit=self.batch_size)
         )
 
     def logits(self, images: np.ndarray) -> np.ndarray:

@@ -1,22 +1,17 @@
-"""Top-1 and top-5 accuracy of a model on a folder of class folders."""
+"""Top-1 and top-5 accuracy of a model on labeled images."""
 
+import contextlib
+import dataclasses
 import os
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from dpn_jax.errors import ImageError, shown
-from dpn_jax.images.folders import class_folders
+from dpn_jax.images.packed import PackedImages
+from dpn_jax.images.sources import LabeledImages, Unlabeled, are_crops
+from dpn_jax.images.splits import ImageFolder, list_images
 from dpn_jax.inference.classifier import Classifier, Prediction
-
-
-class Example(NamedTuple):
-    """An image and its class."""
-
-    path: Path
-    label: int
-    """Index of the class, from 0."""
 
 
 class Accuracy(NamedTuple):
@@ -32,31 +27,83 @@ class Accuracy(NamedTuple):
     """One for each image that could not be read, which counts nowhere else."""
 
 
-def labeled_images(folder: str | os.PathLike, classifier: Classifier) -> tuple[Example, ...]:
-    """Lists the images of `folder/<class>/*` with the index of their class.
-
-    All class folders are named in the same way: by the classifier's labels, by WordNet synsets ('n01440764', if the
-    classes are ImageNet-1k's), or by class indices from 0 (unless a label is itself a number).
+def evaluate(classifier: Classifier, source: str | os.PathLike | LabeledImages) -> Accuracy:
+    """Classifies labeled images and counts correct predictions.
 
     Args:
-      folder: the folder that holds the class folders, as for `class_folders`; some classes may be absent.
+      classifier: the model.
+      source: the path of class folders, of a packed folder or of a CSV file, or an `ImageFolder` or `PackedImages`,
+        whose classes are found by name, see `labeled_images`; or anything else with `len()` and `[index]`, whose items
+        are an image, as `read_image` accepts it, and the index of its class among the model's: a list, a Hugging Face
+        `datasets.Dataset`, ...
+
+    Returns:
+      The counts. Images that cannot be read are failures.
+
+    Raises:
+      ImageError: the path cannot be listed, or has packed crops of another geometry than the model's.
+      ValueError: a class is none of the model's.
+
+    Example:
+      Two photos::
+
+        accuracy = evaluate(Classifier.from_pretrained("dpn92.mx_in1k"), [("tabby.jpg", 281), ("pug.jpg", 254)])
+        print(accuracy.top1 / accuracy.images)
+    """
+    if isinstance(source, PackedImages):
+        source = source.folder
+    if isinstance(source, str | os.PathLike):
+        source = labeled_images(source, classifier)
+    elif isinstance(source, ImageFolder):
+        source = _relabeled(source, "the images", classifier)
+    images = Unlabeled(source)
+
+    def labels() -> Iterator[int]:
+        for index in range(len(images)):
+            label = images.labels.get(index, 0)  # of a failure it does not count
+            if label >= len(classifier.labels):
+                raise ValueError(
+                    f"item {index}: its label is {label}, but the model has {len(classifier.labels)} classes"
+                )
+            yield label
+
+    prepared = are_crops(source, classifier.transform)
+    with contextlib.closing(classifier.stream(images, prepared=prepared, total=len(images))) as results:
+        return score(results, labels())
+
+
+def labeled_images(path: str | os.PathLike, classifier: Classifier) -> ImageFolder:
+    """Lists the images of class folders, a packed folder or a CSV file, with the model's indices of their classes.
+
+    All classes are named in the same way: by the classifier's labels, by WordNet synsets ('n01440764', if the classes
+    are ImageNet-1k's), or by class indices from 0 (unless a label is itself a number).
+
+    Args:
+      path: as for `list_images`; some classes may be absent.
       classifier: gives the labels and synsets.
 
     Returns:
-      The images, sorted by folder and name.
+      The images; their labels are indices of the classifier's.
 
     Raises:
-      ImageError: `class_folders` fails; the message names the folder.
-      ValueError: a class folder is not a class of the model; the message names some of these and some of the classes.
+      ImageError: `list_images` fails; the message names the folder or file.
+      ValueError: a class is not one of the model; the message names some of these and some of the classes.
 
     Example:
       >>> labeled_images("no-such-folder", classifier=None)
       Traceback (most recent call last):
       dpn_jax.errors.ImageError: no-such-folder: no such folder
     """
-    classes = class_folders(folder)
-    indices = _class_indices(folder, sorted(classes), classifier)
-    return tuple(Example(file, indices[name]) for name in sorted(classes) for file in classes[name])
+    return _relabeled(list_images(path), path, classifier)
+
+
+def _relabeled(images: ImageFolder, name: str | os.PathLike, classifier: Classifier) -> ImageFolder:
+    """The same images, with the model's classes."""
+    if images.class_names == classifier.labels:
+        return images
+    indices = _class_indices(name, images.class_names, classifier)
+    labels = tuple(indices[images.class_names[label]] for label in images.labels)
+    return dataclasses.replace(images, class_names=classifier.labels, labels=labels)
 
 
 def score(results: Iterable[Sequence[Prediction] | ImageError], labels: Iterable[int]) -> Accuracy:

@@ -21,7 +21,7 @@ from convert.command import run as run_script
 from dpn_jax.cli.classify import print_predictions
 from dpn_jax.cli.main import guarded, main
 from dpn_jax.cli.models import Models
-from dpn_jax.cli.options import find_device
+from dpn_jax.cli.options import find_devices
 from dpn_jax.cli.output import note, print_rows, progress
 from dpn_jax.cli.words import COMMANDS, TIMM_OPTIONS
 from dpn_jax.inference.classifier import Prediction
@@ -103,7 +103,7 @@ def test_a_backend_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], "Expected one of {classify, evaluate, finetune, convert, export, models}; For full helptext"),
+        ([], "Expected one of {classify, evaluate, finetune, convert, export, pack, models}; For full helptext"),
         (["clasify", "x.jpg"], "Unrecognized options: clasify, x.jpg; Available subcommands: classify, "),
         (["classify", "x.jpg", "--top-q", "5"], "Unrecognized options: --top-q, 5; Perhaps you meant: --top-k K "),
         (["classify", "x.jpg", "--top-k"], "Missing value for argument '--top-k'"),
@@ -187,11 +187,11 @@ def test_closed_outputs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 TOUCHES = """
 import jax
 from jax._src import xla_bridge
-from dpn_jax.cli.options import find_device
+from dpn_jax.cli.options import find_devices
 
 touched = []
 xla_bridge.register_backend_factory("other", lambda: touched.append(1), priority=500)
-print(find_device("cpu").platform, jax.numpy.zeros(1), touched)
+print(find_devices("cpu")[0].platform, jax.numpy.zeros(1), touched)
 """
 
 
@@ -203,7 +203,7 @@ def test_a_device_that_is_asked_for_is_the_only_one_that_is_initialized() -> Non
 def test_a_device_kind_that_is_not_there_leaves_the_choice_as_it_was() -> None:
     before = jax.config.jax_platforms
     with pytest.raises(ValueError, match="--device abacus: there is no such device here, only cpu"):
-        find_device("abacus")
+        find_devices("abacus")
     assert jax.config.jax_platforms == before
 
 

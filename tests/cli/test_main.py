@@ -150,6 +150,11 @@ def test_file_names_that_are_hard_to_print(run: Run, weights: Path, tmp_path: Pa
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--image-size", "31"], "at least 32 pixels, got 31"),
         (["--device", "tpu"], "--device tpu: there is no such device here"),
+        (["--devices", "9"], "--devices must be all or 1 to 1 here (cpu), got 9"),
+        (["--devices", "0"], "--devices must be all or 1 to 1 here (cpu), got 0"),
+        (["--workers", "-1"], "--workers must be at least 0, got -1"),
+        (["--exported", "x"], "--weights has no effect with --exported, whose model is complete"),
+        (["--processes", "2"], "--coordinator, --processes and --process-index must be given together"),
         (["--labels", "LABELS"], "2 labels"),
         (["--model", "dpn29"], "unknown model 'dpn29'; did you mean dpn98 or dpn92"),
         (["--test-time-pool"], "test_time_pool is 7 but the features are only"),
@@ -182,9 +187,10 @@ def test_the_module_is_the_same_command(run: Run) -> None:
     ("command", "positionals"),
     [
         ("classify", "IMAGE_OR_FOLDER..."),
-        ("evaluate", "FOLDER"),
+        ("evaluate", "DATA"),
         ("convert", "SOURCE DESTINATION"),
         ("export", "DESTINATION"),
+        ("pack", "DATA DESTINATION"),
         ("models", ""),
     ],
 )
@@ -289,6 +295,61 @@ def test_evaluate_counts_what_classify_says(run: Run, weights: Path, classes: Pa
     assert json.loads(out) == expected
 
 
+def test_an_exported_file_is_classified_with(run: Run, weights: Path, classes: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.jaxexport"
+    code, out, _ = run("export", path, "--weights", weights, "--platforms", "cpu", "--uint8")
+    assert code == 0 and "uint8[b,32,32,3] to float32[b,5] on cpu" in out
+    ways = [("--exported", path, "--batch-size", 2), ("--weights", weights)]
+    exported, ours = (run("classify", classes, *way, "--format", "json")[1].splitlines() for way in ways)
+    for row, expected in zip(map(json.loads, exported), map(json.loads, ours), strict=True):
+        assert [best["label"] for best in row["predictions"]] == [best["label"] for best in expected["predictions"]]
+    assert run("evaluate", classes, *ways[0]) == run("evaluate", classes, *ways[1])
+    labels = tmp_path / "labels.txt"
+    labels.write_text("1\n2\n3\n4\n5\n")
+    assert run("classify", classes, *ways[0], "--labels", labels, "--top-k", 1)[1].split()[-1] in "12345"
+    code, out, err = run("classify", classes, "--exported", weights)
+    assert (code, out) == (2, "") and "not an exported model" in err
+
+
+@pytest.mark.slow
+def test_workers_and_all_devices_give_the_same(weights: Path, classes: Path) -> None:
+    """In a process of its own, which may have as many CPU devices as it likes."""
+    options = [(), ("--workers", "2"), ("--devices", "all")]
+    command = [*COMMAND, "classify", classes, "--weights", weights, "--format", "json"]
+    plain, worked, everywhere = (
+        subprocess.run([*command, *words], capture_output=True, text=True, timeout=300, check=True).stdout
+        for words in options
+    )
+    assert worked == plain
+    for row, expected in zip(everywhere.splitlines(), plain.splitlines(), strict=True):
+        values, others = ([best["probability"] for best in json.loads(line)["predictions"]] for line in (row, expected))
+        np.testing.assert_allclose(values, others, atol=1e-6)
+
+
+def test_packed_images_are_classified(run: Run, weights: Path, classes: Path, tmp_path: Path) -> None:
+    pytest.importorskip("array_record")
+    packed = tmp_path / "packed"
+    crops = ("--crops", "--model", "dpn68b.mx_in1k", "--image-size", 32)
+    for name, words in ("photos", ()), ("crops", crops):
+        assert run("pack", classes, packed / name, *words, "--workers", 0)[0] == 0
+    options = ("--weights", weights, "--format", "json")
+    expected = [json.loads(line) for line in run("classify", classes, *options)[1].splitlines()]
+    for name in ("photos", "crops"):
+        code, out, err = run("classify", packed / name, *options)
+        assert (code, err) == (0, "")
+        rows = [json.loads(line) for line in out.splitlines()]
+        assert [row["predictions"] for row in rows] == [row["predictions"] for row in expected]
+        assert [Path(row["image"]).relative_to(packed / name) for row in rows] == [
+            Path(row["image"]).relative_to(classes) for row in expected
+        ]
+    code, out, err = run("classify", packed / "crops", classes, *options)
+    assert (code, out) == (2, "") and "packed crops and photos cannot be classified in one run" in err
+    (shard,) = (packed / "photos").glob("*.array_record")
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    code, out, err = run("classify", packed / "photos", *options)
+    assert code == 2 and all("truncated" in line for line in err.splitlines())
+
+
 @pytest.mark.parametrize(
     ("format", "expected"),
     [
@@ -302,6 +363,55 @@ def test_an_evaluation_is_one_row(capsys: pytest.CaptureFixture[str], format: st
     assert capsys.readouterr().out.split() == expected.format("12.5").split()
     print_row({**row, "images_per_second": None}, format)
     assert capsys.readouterr().out.split() == expected.format("-" if format == "table" else "").split()
+
+
+def test_pack_then_evaluate(run: Run, weights: Path, classes: Path, tmp_path: Path) -> None:
+    pytest.importorskip("array_record")
+    _, expected, _ = run("evaluate", classes, "--weights", weights, "--format", "json")
+    broken = classes / "bee" / "broken.png"
+    broken.write_bytes(b"no image")
+    crops = ("--crops", "--model", "dpn68b.mx_in1k", "--image-size", 32)  # only the geometry counts
+    for words, what in ((), "photos"), (crops, "crops of 32 x 32 pixels"):
+        folder = tmp_path / "packed" / what.split()[0]
+        for _ in range(2):  # the second time, what is there is kept
+            code, out, err = run("pack", classes, folder, *words, "--workers", 0, "--shard-size", 2)
+            assert code == 1 and out.startswith(f"{folder}: 3 {what} in 2 shards, ")
+            assert err.startswith(f"dpn-jax: skipped: {broken}: not an image") and err.count("\n") == 1
+        assert run("evaluate", folder, "--weights", weights, "--format", "json") == (0, expected, "")
+    code, out, err = run("evaluate", folder, "--weights", weights, "--image-size", 40)
+    assert (code, out) == (2, "") and "crops: its crops have image_size 32, but image_size 40 is needed" in err
+    assert err.count("\n") == 1
+    shard = folder / "00001-of-00002.array_record"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    code, out, err = run("evaluate", folder, "--weights", weights, "--format", "json")
+    assert (code, json.loads(out)["images"], json.loads(out)["failed"]) == (1, 2, 1)
+    assert "00001-of-00002.array_record: record 0 (bee/b.jpg): the shard is truncated" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("none", "packed"), "none: no such folder"),
+        (("photos/b.jpg", "packed"), "b.jpg: is not a folder"),
+        (("photos", "photos"), "photos: lies in DATA, whose folders are classes; choose another DESTINATION"),
+        (
+            ("photos", "packed", "--image-size", "32"),
+            "--model, --image-size and --use-test-size say how to crop: add -",
+        ),
+        (("photos", "packed", "--crops", "--model", "dpn68"), "dpn68"),
+        (("photos", "packed", "--shard-size", "0"), "shard_size must be at least 1, got 0"),
+        (("photos", "s3://bucket/packed"), "s3://bucket/packed: a URL"),
+    ],
+)
+def test_what_cannot_be_packed_is_one_line(
+    run: Run, classes: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
+) -> None:
+    pytest.importorskip("array_record")
+    (classes / "b.jpg").touch()
+    monkeypatch.chdir(classes.parent)
+    code, out, err = run("pack", *words, "--workers", "0")
+    assert (code, out, err.count("\n")) == (2, "", 1) and message in err
+    assert not Path("packed").exists()
 
 
 def test_evaluate_lists_broken_images(run: Run, weights: Path, classes: Path) -> None:

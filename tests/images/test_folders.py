@@ -178,8 +178,8 @@ def test_class_names_are_printable_and_in_one_unicode_form(tmp_path: Path) -> No
     names = image_folder(tmp_path / "data", split="all").class_names
     assert names == (r"\xff", composed)
     for labels in (names, (r"\xff", apart)):
-        examples = labeled_images(tmp_path / "data", SimpleNamespace(labels=labels, synsets=(None, None)))
-        assert [example.label for example in examples] == [0, 1]
+        images = labeled_images(tmp_path / "data", SimpleNamespace(labels=labels, synsets=(None, None)))
+        assert list(images.labels) == [0, 1]
     touch(tmp_path / "data" / composed / "2.png")
     with pytest.raises(ImageError, match="a second folder of this name, in another Unicode form"):
         class_folders(tmp_path / "data")

@@ -11,6 +11,7 @@ from PIL import Image
 
 from dpn_jax import images
 from dpn_jax.errors import ImageError
+from dpn_jax.images.read import read_image
 from dpn_jax.images.transform import Transform, preprocessing
 from dpn_jax.pretrained import DPN_MEAN, DPN_STD, PRETRAINED, Preprocessing
 from tests.support.photos import skimage_photo
@@ -22,9 +23,10 @@ def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarr
 
 @pytest.mark.parametrize("path", sorted(Path(images.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
 def test_imports_only_pillow_and_numpy(path: Path) -> None:
+    """Of what is imported at once; packing and worker processes need more where they are used."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    froms = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    froms = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     others = {name.split(".")[0] for name in froms | names} - set(sys.stdlib_module_names)
     assert others <= {"numpy", "PIL", "dpn_jax"}
 
@@ -221,3 +223,21 @@ def test_normalize_takes_batches_and_leaves_its_input_alone() -> None:
 def test_normalize_refuses_other_arrays(pixels: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"pixels must be uint8 \[..., 3\], got"):
         preprocessing("dpn92.mx_in1k").normalize(pixels)
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("size", [(400, 300), (1200, 900), (300, 2400)])
+def test_fast_decoding_never_enlarges(size: tuple[int, int], crop_mode: str, tmp_path: Path) -> None:
+    """Large JPEG files are read at a part of their size; others, and small ones, stay bit for bit what they were."""
+    settings = Preprocessing(image_size=112, crop_mode=crop_mode)  # resized to 128 pixels
+    gradient = np.linspace(0, 255, size[0] * size[1]).reshape(size[1], size[0]).astype(np.uint8)
+    picture = Image.fromarray(np.stack([gradient, gradient.T.reshape(gradient.shape), 255 - gradient], axis=-1))
+    for suffix in (".jpg", ".png"):
+        path = tmp_path / f"photo{suffix}"
+        picture.save(path)
+        exact, fast = (Transform(settings, fast_decode=value).crop(path) for value in (False, True))
+        scales = suffix == ".jpg" and min(size) >= 256
+        assert (exact == fast).all() == (not scales)
+        assert np.abs(exact.astype(int) - fast).mean() < 20
+    decoded = read_image(tmp_path / "photo.jpg", at_least=128)
+    assert min(decoded.size) >= 128

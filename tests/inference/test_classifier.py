@@ -15,7 +15,7 @@ from dpn_jax.fast.fold import Folded
 from dpn_jax.images.transform import Transform
 from dpn_jax.inference.evaluation import score
 from dpn_jax.inference.throughput import Clock
-from tests.support.models import TINY
+from tests.support.models import TINY, randomize
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +193,56 @@ def test_threads_count_together() -> None:
     throughput = clock.throughput()
     assert throughput.host == 8
     assert throughput.device == throughput.rate > 5 / 2  # the second batch is not charged for the time of the first
+
+
+def test_pixels_are_normalized_in_the_program(classifier: dpn_jax.Classifier, pictures: list[np.ndarray]) -> None:
+    crops = np.stack([classifier.transform.crop(picture) for picture in pictures])
+    assert crops.dtype == np.uint8
+    expected = classifier.logits(classifier.transform.normalize(crops))
+    np.testing.assert_allclose(classifier.logits(crops), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 6, 10, 16])
+def test_padding_never_comes_back(pictures: list[np.ndarray], batch_size: int) -> None:
+    model = randomize(dpn_jax.create_model(TINY))
+    transform = dpn_jax.preprocessing(dpn_jax.Preprocessing(image_size=32))
+    classifier = dpn_jax.Classifier(model, transform=transform, batch_size=batch_size)
+    crops = np.stack([transform.crop(picture) for picture in pictures])
+    expected = np.concatenate([classifier.logits(crop[None]) for crop in crops])
+    for count in (0, 1, 5, 11):
+        logits = classifier.logits(crops[:count])
+        assert logits.shape == (count, 5)
+        np.testing.assert_allclose(logits, expected[:count], rtol=1e-4, atol=1e-5)
+    streamed = list(classifier.stream(pictures, top_k=1))
+    assert [best.index for (best,) in streamed] == expected.argmax(1).tolist()
+
+
+def test_prepared_images_are_taken_as_they_are(classifier: dpn_jax.Classifier, pictures: list[np.ndarray]) -> None:
+    crops = [classifier.transform.crop(picture) for picture in pictures]
+    strange = [pictures[0], crops[0].astype(np.float32), "photo.jpg", ImageError("broken")]
+    results = list(classifier.stream([*crops, *strange], prepared=True))
+    assert results[:11] == list(classifier.stream(pictures))
+    assert [str(result) for result in results[11:]] == [
+        "a prepared image must be uint8 [32, 32, 3], got uint8 [40, 50, 3]",
+        "a prepared image must be uint8 [32, 32, 3], got float32 [32, 32, 3]",
+        "a prepared image must be uint8 [32, 32, 3], got str",
+        "broken",
+    ]
+
+
+def test_a_part_of_a_list_gets_the_bits_of_the_whole(pictures: list[np.ndarray]) -> None:
+    model = randomize(dpn_jax.create_model(TINY))
+    classifier = dpn_jax.Classifier(model, batch_size=8)
+    whole = list(classifier.stream(pictures))
+    assert list(classifier.stream(pictures[8:], total=11)) == whole[8:]
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing(tmp_path: Path, pictures: list[np.ndarray]) -> None:
+    for number, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+    files = [*sorted(tmp_path.iterdir()), tmp_path / "missing.png"]
+    model = randomize(dpn_jax.create_model(TINY))
+    *some, missing = dpn_jax.Classifier(model, workers=2).stream(files)
+    assert some == dpn_jax.Classifier(model)(files[:-1])
+    assert isinstance(missing, ImageError)

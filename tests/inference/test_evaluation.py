@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,9 +10,12 @@ from PIL import Image
 import dpn_jax
 from dpn_jax.errors import ImageError
 from dpn_jax.images.labels import imagenet_labels
+from dpn_jax.images.sources import are_crops
+from dpn_jax.images.splits import list_images
 from dpn_jax.inference.classifier import Prediction
-from dpn_jax.inference.evaluation import labeled_images, score
+from dpn_jax.inference.evaluation import evaluate, labeled_images, score
 from tests.support.models import TINY
+from tests.support.packs import CROPS, packed, write_classes
 
 
 def classifier(*labels: str) -> SimpleNamespace:
@@ -41,9 +45,9 @@ def class_folders(root: Path, *names: str) -> Path:
 def test_folders_are_labels_synsets_or_numbers(
     tmp_path: Path, labels: tuple[str, ...], names: tuple[str, ...], expected: list[int]
 ) -> None:
-    examples = labeled_images(class_folders(tmp_path, *names), classifier(*labels))
-    assert [example.label for example in examples] == expected
-    assert [example.path for example in examples] == [tmp_path / name / "photo.png" for name in sorted(names)]
+    images = labeled_images(class_folders(tmp_path, *names), classifier(*labels))
+    assert list(images.labels) == expected
+    assert list(images.files) == [str(tmp_path / name / "photo.png") for name in sorted(names)]
 
 
 @pytest.mark.parametrize(
@@ -92,9 +96,78 @@ def test_the_score_is_that_of_the_logits(tmp_path: Path) -> None:
     for seed in range(5):
         pixels = np.random.default_rng(seed).integers(0, 256, (40, 50, 3), np.uint8)
         Image.fromarray(pixels).save(root / "b" / f"{seed}.png")
-    examples = labeled_images(root, tested)
-    logits = tested.logits(np.stack([transform(path) for path, _ in examples]))
-    labels = np.array([label for _, label in examples])
+    images = labeled_images(root, tested)
+    logits = tested.logits(np.stack([transform(path) for path in images.files]))
+    labels = np.array(images.labels)
     ranks = np.argsort(-logits, axis=1)
-    accuracy = score(tested.stream([path for path, _ in examples], top_k=2), labels)
+    accuracy = score(tested.stream(images.files, top_k=2), labels)
     assert accuracy[:3] == (7, (ranks[:, 0] == labels).sum(), (ranks[:, :2] == labels[:, None]).any(axis=1).sum())
+
+
+@pytest.fixture(scope="module")
+def tested() -> dpn_jax.Classifier:
+    transform = dpn_jax.preprocessing(CROPS)
+    return dpn_jax.Classifier(
+        dpn_jax.create_model(TINY, rngs=nnx.Rngs(0)), transform=transform, labels=("ant", "bee", "cat", "dog", "eel")
+    )
+
+
+def test_every_kind_of_source_gives_the_same_accuracy(tmp_path: Path, tested: dpn_jax.Classifier) -> None:
+    pytest.importorskip("array_record")
+    datasets = pytest.importorskip("datasets")
+    root = write_classes(tmp_path / "photos", 4, classes=("cat", "eel"))
+    folder = list_images(root)
+    rows = [f"photos/{Path(file).relative_to(root)},{Path(file).parent.name}" for file in folder.files]
+    (tmp_path / "table.csv").write_text("\n".join(["image,label", *rows]))
+    labels = [(2, 4)[label] for label in folder.labels]
+    columns = {"image": [{"bytes": Path(file).read_bytes()} for file in folder.files], "label": labels}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    results = [
+        evaluate(tested, source)
+        for source in (
+            root,
+            str(tmp_path / "table.csv"),
+            packed(root, tmp_path / "files").folder,
+            packed(root, tmp_path / "crops", crops=CROPS).folder,
+            packed(root, tmp_path / "crops", crops=CROPS),
+            folder,
+            labeled_images(root, tested),
+            list(zip(folder.files, labels, strict=True)),
+            datasets.Dataset.from_dict(columns, features=features),
+        )
+    ]
+    assert results == results[:1] * 9 and results[0].images == 8 and not results[0].failures
+    assert results[0].top5 == 8 > results[0].top1
+
+
+def test_failures_of_a_source_are_named_and_counted(tmp_path: Path, tested: dpn_jax.Classifier) -> None:
+    good = np.zeros((40, 40, 3), np.uint8)
+    source = [(good, 0), (b"no image", 0), "photo.jpg", (good, 4), (good, None), (tmp_path / "gone.png", 1)]
+    accuracy = evaluate(tested, source)
+    assert (accuracy.images, accuracy.top5) == (2, 2)
+    assert [str(failure).partition(": ")[0] for failure in accuracy.failures] == [
+        "item 1", "item 2", "item 4", str(tmp_path / "gone.png")
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="item 1: its label is 5, but the model has 5 classes"):
+        evaluate(tested, [(good, 4), (good, 5)])
+
+
+def test_a_damaged_shard_is_counted(tmp_path: Path, tested: dpn_jax.Classifier) -> None:
+    pytest.importorskip("array_record")
+    root = write_classes(tmp_path / "photos", 4, classes=("cat", "eel"))
+    folder = packed(root, tmp_path / "crops", crops=CROPS).folder
+    shard = folder / "00001-of-00002.array_record"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    accuracy = evaluate(tested, folder)
+    assert accuracy.images == len(accuracy.failures) == 4
+    assert "00001-of-00002.array_record: record 0 (eel/0.png): the shard is truncated" in str(accuracy.failures[0])
+
+
+def test_crops_of_another_geometry_are_refused(tmp_path: Path, tested: dpn_jax.Classifier) -> None:
+    pytest.importorskip("array_record")
+    root = write_classes(tmp_path / "photos", 1, classes=("cat", "eel"))
+    larger = packed(root, tmp_path / "larger", crops=dataclasses.replace(CROPS, image_size=40))
+    with pytest.raises(ImageError, match="larger: its crops have image_size 40, but image_size 32 is needed; pack the"):
+        evaluate(tested, larger.folder)
+    with pytest.raises(ImageError, match="without the EXIF orientation; go without --exif"):
+        are_crops(packed(root, tmp_path / "same", crops=CROPS), dpn_jax.preprocessing(CROPS, exif=True))

@@ -1,18 +1,23 @@
 """Exported models: read where dpn_jax is not, they give the model's logits."""
 
+import io
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import dpn_jax
+from dpn_jax import Classifier
 from dpn_jax.errors import ExportError
-from dpn_jax.inference.export import BACKENDS, export_model, load_exported
+from dpn_jax.inference.export import BACKENDS, METADATA, export_model, load_exported, read_artifact
+from dpn_jax.pretrained import Provenance
 from tests.support.models import TINY, randomize
 
 READER = """
@@ -126,3 +131,103 @@ def test_images_that_are_not_square(tmp_path: Path) -> None:
     assert written.in_avals[0].str_short() == "float32[b,32,64,3]"
     written = export_model(model, tmp_path / "b", platforms=["cpu"], fast=False, image_size=(64, 32))
     assert written.in_avals[0].str_short() == "float32[b,64,32,3]"
+
+
+NAMES = ("ant", "bee", "cät", "dog", "eel")
+METADATA_READER = """
+import io, json, sys, zipfile
+from pathlib import Path
+import jax.export
+import numpy as np
+from PIL import Image
+
+name, photo = sys.argv[1:]
+fields = json.loads(zipfile.ZipFile(name).read("dpn_jax.json"))
+settings = fields["preprocessing"]
+side = settings["image_size"]
+pixels = np.asarray(Image.open(photo).convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
+(logits,) = jax.export.deserialize(bytearray(Path(name).read_bytes())).call(pixels[None])
+assert not [module for module in sys.modules if module.startswith(("dpn_jax", "flax"))]
+print(json.dumps([fields["class_names"][int(logits.argmax())], fields["source"], fields["images"]]))
+"""
+
+
+def named(image_size: int = 32) -> dpn_jax.DPN:
+    model = randomize(dpn_jax.create_model(TINY))
+    settings = dpn_jax.Preprocessing(image_size=image_size, crop_fraction=1.0)
+    model.provenance = Provenance("you/your-dpn", None, settings, NAMES)
+    return model
+
+
+@pytest.mark.slow
+def test_pixels_in_and_names_out_without_dpn_jax(tmp_path: Path) -> None:
+    model = named()
+    export_model(model, tmp_path / "x.jaxexport", platforms=["cpu"], uint8=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    words = [sys.executable, "-c", METADATA_READER, "x.jaxexport", "x.png"]
+    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    label = dpn_jax.Classifier(model)(pixels)[0].label
+    assert json.loads(ended.stdout) == [label, "you/your-dpn", "uint8[b,32,32,3]"]
+
+
+@pytest.mark.parametrize(("uint8", "batch_size"), [(True, None), (False, None), (True, 4), (False, 4)])
+def test_an_exported_file_classifies_as_its_model(uint8: bool, batch_size: int | None, tmp_path: Path) -> None:
+    model, path = named(), tmp_path / "x"
+    export_model(model, path, platforms=["cpu", "tpu"], uint8=uint8, batch_size=batch_size)
+    pictures = [np.random.default_rng(seed).integers(0, 256, (40, 50, 3), np.uint8) for seed in range(7)]
+    exported = Classifier.from_exported(path, batch_size=3)
+    assert exported.batch_size == (batch_size or 3)
+    for best, expected in zip(exported(pictures), Classifier(model)(pictures), strict=True):
+        assert [prediction.label for prediction in best] == [prediction.label for prediction in expected]
+        np.testing.assert_allclose([p.probability for p in best], [p.probability for p in expected], atol=1e-6)
+    renamed = Classifier.from_exported(path, labels="abcde")
+    assert renamed(pictures[0])[0].label == "abcde"[exported(pictures[0])[0].index]
+
+
+def test_imagenet_names_are_in_the_file(tmp_path: Path) -> None:
+    export_model(dpn_jax.create_model(TINY, num_classes=1000), tmp_path / "x", platforms=["cpu"], image_size=32)
+    classifier = Classifier.from_exported(tmp_path / "x")
+    assert (classifier.labels[281], classifier.synsets[281]) == ("tabby, tabby cat", "n02123045")
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in "ab":
+        export_model(named(), tmp_path / name, platforms=["cpu"])
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_files_that_do_not_say_enough(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    export_model(named(), path, platforms=["tpu"])
+    with pytest.raises(ExportError, match="x: exported for tpu, not for cpu; export it again"):
+        Classifier.from_exported(path)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        text = archive.read(METADATA)
+        program = whole[: archive.infolist()[0].header_offset]
+    path.write_bytes(program)  # as dpn_jax 0.1.0 wrote it
+    with pytest.raises(ExportError, match=r"x: does not say how to prepare images \(File is not a zip file\)"):
+        read_artifact(path)
+    for old, new in ((b"bicubic", b"cubic"), (b'"mean"', b'"men"'), (b"class_names", b"names"), (b"{", b"[")):
+        assert old in text
+        path.write_bytes(rewritten(program, text, old, new))
+        with pytest.raises(ExportError, match="x: does not say how to prepare images"):
+            read_artifact(path)
+    for old, new in ((b'"image_size": 32', b'"image_size": 64'), (b'"ant",', b"")):
+        path.write_bytes(rewritten(program, text, old, new))
+        with pytest.raises(ExportError, match="x: its program and what it says of it do not agree"):
+            read_artifact(path)
+    for end in range(len(program), len(whole), 101):
+        path.write_bytes(whole[:end])
+        with pytest.raises(ExportError):
+            read_artifact(path)
+
+
+def rewritten(program: bytes, text: bytes, old: bytes, new: bytes) -> bytes:
+    file = io.BytesIO()
+    file.write(program)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr(METADATA, text.replace(old, new))
+    return file.getvalue()
