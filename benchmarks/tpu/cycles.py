@@ -80,7 +80,7 @@ def costs(program: Program, schedules: Mapping[str, Loop], chip: Chip) -> list[C
 def transferred(program: Program) -> int:
     """The bytes that asynchronous transfers move between HBM and VMEM, beside the other operations."""
     starts = (operation for operation in program.operations if operation.is_transfer)
-    return sum(max(min(array.bytes for array in each.outputs[:2]), 0) for each in starts)
+    return sum(min(array.bytes for array in each.outputs[:2]) for each in starts)  # of a slice, not of the whole
 
 
 def read_schedules(folder: Path) -> dict[str, Loop]:

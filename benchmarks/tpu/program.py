@@ -171,7 +171,7 @@ class Program:
     def _updated(self, operation: Operation, number: int) -> int | None:
         """The size of what is written into an existing array, if an output is that."""
         if operation.opcode == "dynamic-update-slice":
-            return None if operation.calls else 0
+            return sum(array.bytes for array in self.arrays[operation.operands[1]])
         if operation.calls is None:
             return None
         body = self.computations[operation.calls]
