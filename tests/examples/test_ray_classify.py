@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -92,16 +91,17 @@ def cluster() -> Iterator["Cluster"]:
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    folder = tempfile.mkdtemp(prefix="ray")  # sockets are in it: pytest's folders have too long names
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("PYTHONPATH", ROOT), ("JAX_PLATFORMS", "cpu"), ("RAY_USAGE_STATS_ENABLED", 0)):
+    # the sockets of Ray are in this folder: the names of pytest's own are too long for them
+    short = tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)
+    with short as folder, pytest.MonkeyPatch.context() as patch:
+        environment = {"PYTHONPATH": ROOT, "JAX_PLATFORMS": "cpu", "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": 0}
+        for name, value in environment.items():
             patch.setenv(name, str(value))  # for the workers, which the nodes start
-        cluster = Cluster(initialize_head=True, head_node_args={**NODE, "temp_dir": folder})
+        cluster = Cluster(initialize_head=True, head_node_args=NODE)
         cluster.add_node(**NODE)
         patch.setenv("RAY_ADDRESS", cluster.address)
         yield cluster
         cluster.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
