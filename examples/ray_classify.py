@@ -91,9 +91,7 @@ def main(options: Options) -> int:
     if options.column:
         columns = pyarrow.dataset.dataset(options.photos).schema.names
         if options.column not in columns or COLUMNS.keys() & set(columns):
-            raise ValueError(
-                f"{options.photos}: needs column {options.column!r} and none of {[*COLUMNS]}, has {columns}"
-            )
+            raise ValueError(f"{options.photos}: needs {options.column!r} and none of {[*COLUMNS]}, has {columns}")
         photos = ray.data.read_parquet(options.photos)
     else:
         suffixes = sorted(SUFFIXES | UNSUPPORTED_SUFFIXES.keys())  # what Pillow cannot read gets a row too

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -89,18 +88,20 @@ def test_without_ray_it_says_what_to_install() -> None:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator["Cluster"]:
     """Two nodes, each with raylet, object store and workers of its own; `RAY_ADDRESS` is theirs."""
+    pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    folder = tempfile.mkdtemp(prefix="ray")  # sockets are in it: pytest's folders have too long names
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("PYTHONPATH", ROOT), ("JAX_PLATFORMS", "cpu"), ("RAY_USAGE_STATS_ENABLED", 0)):
+    # the sockets of Ray are in this folder: the names of pytest's own are too long for them
+    short = tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)
+    with short as folder, pytest.MonkeyPatch.context() as patch:
+        environment = {"PYTHONPATH": ROOT, "JAX_PLATFORMS": "cpu", "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": 0}
+        for name, value in environment.items():
             patch.setenv(name, str(value))  # for the workers, which the nodes start
-        cluster = Cluster(initialize_head=True, head_node_args={**NODE, "temp_dir": folder})
+        cluster = Cluster(initialize_head=True, head_node_args=NODE)
         cluster.add_node(**NODE)
         patch.setenv("RAY_ADDRESS", cluster.address)
         yield cluster
         cluster.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -157,23 +158,25 @@ def test_parquet_and_an_unknown_model(cluster: "Cluster", photos: Path, tmp_path
     source, results = tmp_path / "photos.parquet", tmp_path / "results"
 
     def finished(*words: object) -> tuple[int, str]:
-        job = run(source, *words, "--batch-size", 4)
+        job = run(source, *words, "--column", "image", "--batch-size", 4, "--cpus", 2)
         output, _ = job.communicate(timeout=200)
         return job.returncode, output.strip().split("\n")[-1]
 
-    code, line = finished(results, "--column", "image", "--model", MODEL)
+    code, line = finished(results, "--model", MODEL)
     assert (code, line) == (1, f"20 photos in {results}, 1 of them not readable: see the column error")
     rows = pyarrow.dataset.dataset(results).to_table().to_pylist()
     assert_same(rows, paths)
     assert {row["path"]: row["truth"] for row in rows} == {str(path): index for index, path in enumerate(paths)}
 
-    code, line = finished(tmp_path / "new", "--column", "image", "--model", "dpn93")
+    code, line = finished(tmp_path / "new", "--model", "dpn93")
     assert code == 2 and line.startswith("dpn-jax: ValueError: unknown model 'dpn93'")
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Ray
 def test_what_is_refused_before_ray_starts(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
     import pyarrow.parquet
 
     from examples.ray_classify import Options, main
@@ -181,7 +184,7 @@ def test_what_is_refused_before_ray_starts(tmp_path: Path) -> None:
     table = tmp_path / "photos.parquet"
     for columns in (["path", "image"], ["error", "bytes"]):
         pyarrow.parquet.write_table(pyarrow.table({name: ["a"] for name in columns}), table)
-        with pytest.raises(ValueError, match=f"needs column 'bytes' and .* has {re.escape(str(columns))}$"):
+        with pytest.raises(ValueError, match=f"needs 'bytes' and .* has {re.escape(str(columns))}$"):
             main(Options(str(table), str(tmp_path / "new"), column="bytes"))
     with pytest.raises(ValueError, match=r"there are results already; name a new folder, or remove these$"):
         main(Options(str(table), str(tmp_path), column="image"))
