@@ -119,10 +119,10 @@ class ClassifierOptions(ProcessOptions, ModelOptions):
     labels: Annotated[str | None, option("FILE", "those of the weights")] = None
     """A text file with the name of each class, one per line."""
     batch_size: int = 16
-    """Images per batch."""
+    """Images per batch, over all devices."""
     device: Annotated[str | None, option("KIND", "JAX's default device")] = None
     """Kind of device to run on: cpu, gpu or tpu."""
-    devices: Annotated[int | Literal["all"], option("N|all")] = 1
+    devices: Annotated[int | Literal["all"], option("N|all", "1")] = 1
     """Devices of this host that share each batch; a CPU has as many as cores."""
     workers: int = 0
     """Processes that read photos; 0 is a thread for each core."""
