@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from dpn_jax.checkpoint.save import save
 from dpn_jax.config import DPNConfig
-from dpn_jax.errors import RunError, local_path, reason
+from dpn_jax.errors import RunError, reason
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.data import BatchIterator, batches
 from dpn_jax.finetune.loop import Training, catch_interruption
@@ -26,6 +26,7 @@ from dpn_jax.finetune.start import Given, Images, Start, new, resumed
 from dpn_jax.finetune.step import TrainState
 from dpn_jax.model import DPN
 from dpn_jax.multihost import data_mesh, is_first, on_first, replicate
+from dpn_jax.paths import local_path
 
 WEIGHTS = "model.safetensors"
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from dpn_jax.checkpoint.load import from_pretrained
 from dpn_jax.config import VARIANTS, DPNConfig, variant_of
-from dpn_jax.errors import DataError, local_path, shown
+from dpn_jax.errors import DataError, shown
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.data import find_broken
 from dpn_jax.finetune.loop import CHECKPOINTS
@@ -30,6 +30,7 @@ from dpn_jax.finetune.record import (
 from dpn_jax.images.splits import ImageFolder, image_folders
 from dpn_jax.model import DPN, create_model
 from dpn_jax.multihost import gather, on_first
+from dpn_jax.paths import local_path
 from dpn_jax.pretrained import PRETRAINED, Preprocessing, Provenance, default_preprocessing
 
 logger = logging.getLogger("dpn_jax")

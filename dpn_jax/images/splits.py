@@ -3,16 +3,18 @@
 import csv
 import dataclasses
 import hashlib
+import io
 import os
 import unicodedata
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
-from dpn_jax.errors import DataError, ImageError, local_path, reason, shown
+from dpn_jax.errors import DataError, ImageError, reason, shown
 from dpn_jax.images.folders import Walk, class_folders, natural_key
 from dpn_jax.images.packed import PackedImages, identity, is_packed
 from dpn_jax.images.read import ImageSource
+from dpn_jax.paths import is_url, kind, local_path, read_bytes, readable_path
 from dpn_jax.pretrained import Preprocessing
 
 Split = Literal["train", "val", "all"]
@@ -183,7 +185,8 @@ def list_images(path: str | os.PathLike) -> ImageFolder:
 
     Args:
       path: a folder as for `class_folders`; one that `dpn-jax pack` has written; or a file `*.csv`, whose columns
-        `image` and `label` have each image's path, from the file's folder, and the name of its class.
+        `image` and `label` have each image's URL or path, from the file's folder, and the name of its class. Each may
+        be in a bucket ('gs://bucket/photos').
 
     Returns:
       The images, as paths that begin with `path` (absolute ones, if they are packed), with at least one class; the
@@ -198,17 +201,17 @@ def list_images(path: str | os.PathLike) -> ImageFolder:
       Traceback (most recent call last):
       dpn_jax.errors.ImageError: no-such.csv: cannot be read (No such file or directory)
     """
-    root = local_path(path, error=ImageError)
+    root = readable_path(path, error=ImageError)
     if is_packed(root):
         packed = PackedImages(root)
         return ImageFolder(packed.class_names, packed.files, packed.labels, packed=packed)
-    if root.suffix.lower() == ".csv" and not root.is_dir():
+    if root.suffix.lower() == ".csv" and kind(root) != "folder":
         return _from_csv(root)
     classes = class_folders(root)
     return _labeled([(file, name) for name, files in classes.items() for file in files])
 
 
-def _labeled(pairs: Sequence[tuple[Path, str]]) -> ImageFolder:
+def _labeled(pairs: Sequence[tuple[Path | str, str]]) -> ImageFolder:
     """From each image and the name of its class."""
     names = tuple(sorted({name for _, name in pairs}, key=natural_key))
     index = {name: label for label, name in enumerate(names)}
@@ -218,16 +221,16 @@ def _labeled(pairs: Sequence[tuple[Path, str]]) -> ImageFolder:
 def _from_csv(path: Path) -> ImageFolder:
     pairs = []
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, strict=True)
-            if missing := {"image", "label"} - set(rows.fieldnames or ()):
-                raise ImageError(
-                    f"{shown(path)}: no column {', '.join(sorted(missing))} in its first line; expected image,label"
-                )
-            for row in rows:
-                if not row["image"] or not row["label"]:
-                    raise ImageError(f"{shown(path)}: line {rows.line_num}: an image and a label expected")
-                pairs.append((path.parent / row["image"], unicodedata.normalize("NFC", row["label"])))
+        rows = csv.DictReader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline=""), strict=True)
+        if missing := {"image", "label"} - set(rows.fieldnames or ()):
+            raise ImageError(
+                f"{shown(path)}: no column {', '.join(sorted(missing))} in its first line; expected image,label"
+            )
+        for row in rows:
+            if not row["image"] or not row["label"]:
+                raise ImageError(f"{shown(path)}: line {rows.line_num}: an image and a label expected")
+            image = row["image"] if is_url(row["image"]) else path.parent / row["image"]
+            pairs.append((image, unicodedata.normalize("NFC", row["label"])))
     except OSError as error:
         raise ImageError(f"{shown(path)}: cannot be read ({reason(error)})") from error
     except (csv.Error, UnicodeError) as error:
