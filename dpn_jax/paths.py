@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -88,6 +88,11 @@ def readable_path(path: str | os.PathLike, *, error: type[ValueError] = ValueErr
     return epath.Path(f"{_BUCKET}://{name.lstrip('/')}")
 
 
+def absolute(path: Path) -> Path:
+    """The absolute path; a URL is one."""
+    return path.absolute() if isinstance(path, Path) else path
+
+
 def kind(path: Path) -> Literal["folder", "file"] | None:
     """What is at a path, if anything.
 
@@ -110,12 +115,31 @@ def size(path: Path) -> int:
     if isinstance(path, Path):
         return path.stat().st_size
     with _os_errors(path):
-        _forget(path)
+        forget(path)
         return path.stat().length
 
 
+def forget(path: Path) -> None:
+    """Makes gcsfs list a bucket again, of which it keeps what it has listed once; does nothing for a local path."""
+    if not isinstance(path, Path):
+        from etils.epath import backend
+
+        backend.fsspec_backend.fs(path).invalidate_cache()
+
+
+def holds(folder: Path, names: Collection[str]) -> bool:
+    """Whether a folder has files of all these names.
+
+    Raises:
+      OSError: it cannot be listed.
+    """
+    if isinstance(folder, Path):
+        return all((folder / name).is_file() for name in names)
+    return {*names} <= {name for name, is_folder in entries(folder) if not is_folder}
+
+
 def entries(folder: Path) -> Iterator[tuple[str, bool]]:
-    """The names in a folder, and whether each is a folder; those of a bucket in one request.
+    """The names in a folder, and whether each is a folder; those of a bucket in one request, once until `forget`.
 
     Raises:
       OSError: it cannot be listed.
@@ -129,7 +153,6 @@ def entries(folder: Path) -> Iterator[tuple[str, bool]]:
         raise error
 
     with _os_errors(folder):
-        _forget(folder)
         _, folders, files = next(folder.walk(on_error=refuse))
     yield from ((name, True) for name in folders)
     yield from ((name, False) for name in files if name)  # one without a name stands for an empty folder
@@ -198,13 +221,6 @@ def _copy(source: Path, copy: Path) -> None:
     copy.parent.mkdir(parents=True, exist_ok=True)
     with opened(source) as remote, copy.open("wb") as file:
         shutil.copyfileobj(remote, file, 2**24)
-
-
-def _forget(path: Path) -> None:
-    """Makes gcsfs ask again: what it has listed once it keeps, and does not see what others change."""
-    from etils.epath import backend
-
-    backend.fsspec_backend.fs(path).invalidate_cache(path)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """URLs: photos, weights and packed images read from a bucket of a local emulator, and what is refused."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from dpn_jax.images.splits import list_images
 from dpn_jax.inference.evaluation import evaluate
 from dpn_jax.paths import entries, kind, local_copy, readable_path, size
 from tests.support.bucket import bucket, put, upload
+from tests.support.finetune_runs import Runs, contents, finish
 from tests.support.models import TINY, values
 from tests.support.packs import packed, write_classes
 
@@ -218,6 +220,32 @@ def test_packed_images_are_read_from_a_bucket(photos: tuple[Path, str], url: str
     upload(shard, f"{url}/packed/{shard.name}")
     with pytest.raises(ImageError, match=rf"^{url}/packed/{shard.name}: record 0 .*: the shard is truncated: 100 of"):
         PackedImages(f"{url}/packed")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_on_a_bucket_is_that_on_a_folder(url: str, tmp_path: Path, workers: int) -> None:
+    pytest.importorskip("orbax.checkpoint")
+    runs = Runs(tmp_path)
+    upload(runs.images, f"{url}/train{workers}")
+    upload(runs.weights, f"{url}/weights{workers}/tiny.safetensors")
+    options = ["--workers", workers, "--epochs", 1, "--checkpoint-every", 2]
+    code, _, err = runs.run(tmp_path / "here", *options)
+    assert code == 0, err
+    words = runs.words(tmp_path / "there", *options)
+    words[words.index(str(runs.images))] = f"{url}/train{workers}"
+    words[words.index(str(runs.weights))] = f"{url}/weights{workers}/tiny.safetensors"
+    code, _, err = finish(runs.call(words))
+    assert code == 0, err
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+    config = json.loads((tmp_path / "there" / "config.json").read_text())
+    assert (config["folder"], config["start"]["source"]) == (
+        f"{url}/train{workers}",
+        f"{url}/weights{workers}/tiny.safetensors",
+    )
+    assert (tmp_path / "there" / "images.json").read_bytes() == (tmp_path / "here" / "images.json").read_bytes()
+    code, _, err = finish(runs.call(["finetune", "--output", str(tmp_path / "there"), "--resume", "--epochs", "2"]))
+    assert code == 0, err
 
 
 @pytest.mark.slow

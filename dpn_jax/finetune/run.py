@@ -70,9 +70,9 @@ def finetune(
     uninterrupted one.
 
     Args:
-      folder: `train/<class>/*` and `val/<class>/*`, or `<class>/*`, see `image_folder`; each may be packed. A resumed
-        run knows its own.
-      output: the run's folder, new or empty unless `resume` is set.
+      folder: `train/<class>/*` and `val/<class>/*`, or `<class>/*`, see `image_folder`; each may be packed, and they
+        may be in a bucket ('gs://bucket/photos'). A resumed run knows its own.
+      output: the run's folder on this machine, new or empty unless `resume` is set.
       config: the options; defaults to those of the resumed run, or to `FinetuneConfig()`. A resumed run may have other
         `workers`, `keep`, `checkpoint_every`, `skip_broken` and `remat`, and more or fewer `epochs`: the learning rate
         then follows the schedule of their number from here.

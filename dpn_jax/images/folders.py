@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dpn_jax.errors import ImageError, reason, shown
 from dpn_jax.images.read import SUFFIXES, UNSUPPORTED_SUFFIXES
-from dpn_jax.paths import entries, kind, readable_path
+from dpn_jax.paths import entries, forget, holds, kind, readable_path
 
 # besides hidden ones: of macOS's archives, Python, Synology, Windows, ext4
 _LEFT_BEHIND = frozenset(
@@ -102,6 +102,7 @@ class Walk:
     """
 
     def __init__(self, root: Path) -> None:
+        forget(root)
         self.root = root
         self._passed_over: list[Path] = []
         self._unreadable: list[Path] = []
@@ -166,7 +167,7 @@ class Walk:
 def _is_left_behind(path: Path, is_folder: bool) -> bool:
     if path.name.startswith(".") or path.name.lower() in _LEFT_BEHIND:
         return True
-    return is_folder and all(kind(path / name) == "file" for name in _RUN_FILES)
+    return is_folder and holds(path, _RUN_FILES)
 
 
 def _resolved(folder: Path) -> Path:

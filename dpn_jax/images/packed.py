@@ -13,7 +13,7 @@ import numpy as np
 
 from dpn_jax.errors import ImageError, reason, shown
 from dpn_jax.images.records import MANIFEST, PLAN, ImageBytes, Manifest, Record, array_record
-from dpn_jax.paths import kind, readable_path, size
+from dpn_jax.paths import absolute, forget, kind, readable_path, size
 from dpn_jax.pretrained import Preprocessing
 
 
@@ -25,6 +25,7 @@ def is_packed(folder: str | os.PathLike) -> bool:
       False
     """
     folder = readable_path(folder)
+    forget(folder)
     return kind(folder / PLAN) == "file" or (kind(folder / MANIFEST) == "file" and any(folder.glob("*.array_record")))
 
 
@@ -63,7 +64,7 @@ class PackedImages(Sequence[tuple[bytes | np.ndarray, int]]):
 
     def __init__(self, folder: str | os.PathLike) -> None:
         folder = readable_path(folder, error=ImageError)
-        self.folder = folder.absolute() if isinstance(folder, Path) else folder
+        self.folder = absolute(folder)
         manifest = Manifest.read(folder)
         self.class_names = manifest.class_names
         self.preprocessing = manifest.preprocessing
