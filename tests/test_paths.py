@@ -15,6 +15,7 @@ from flax import nnx
 from PIL import Image
 
 import dpn_jax
+from dpn_jax.checkpoint.save import convert
 from dpn_jax.errors import ExportError, ImageError
 from dpn_jax.images.folders import class_folders, image_files
 from dpn_jax.images.labels import read_labels
@@ -180,6 +181,8 @@ def test_weights_are_copied_from_a_bucket(weights: Path, url: str, tmp_path: Pat
     for source in (f"{url}/weights", f"{url}/weights/model.safetensors", Path(f"{url}/weights")):
         jax.tree.map(np.testing.assert_array_equal, values(dpn_jax.from_pretrained(source)), expected)
         jax.tree.map(np.testing.assert_array_equal, values(dpn_jax.load(source)), expected)
+    convert(f"{url}/weights", tmp_path / "converted.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, values(dpn_jax.load(tmp_path / "converted.safetensors")), expected)
     copy = local_copy(f"{url}/weights", files=lambda names: ["model.safetensors"])
     assert [file.name for file in copy.iterdir()] == ["model.safetensors"]
     with pytest.raises(dpn_jax.CheckpointError, match=r"bucket/weights/notes: no model\.safetensors"):
@@ -264,6 +267,10 @@ def test_the_command_reads_from_a_bucket(photos: tuple[Path, str], weights: Path
         f"{there}/bee/1.png",
     ]
     assert (code, err) == (1, f"dpn-jax: {url}/none.png: No such file or directory\n")
+    packed(photos[0], tmp_path / "packed")
+    upload(tmp_path / "packed", f"{url}/command")
+    code, out, err = run("classify", f"{url}/command", "--top-k", "1")
+    assert (code, err) == (0, "") and out.splitlines()[1].startswith(f"{url}/command/ant/0.png,1,")
     code, out, err = run("evaluate", there)
     assert (code, err) == (0, "") and out.splitlines()[1].startswith("11,0,")
 
