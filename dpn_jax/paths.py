@@ -89,7 +89,12 @@ def readable_path(path: str | os.PathLike, *, error: type[ValueError] = ValueErr
 
 
 def absolute(path: Path) -> Path:
-    """The absolute path; a URL is one."""
+    """The absolute path; a URL is one.
+
+    Example:
+      >>> absolute(Path("run")).is_absolute()
+      True
+    """
     return path.absolute() if isinstance(path, Path) else path
 
 
@@ -98,6 +103,10 @@ def kind(path: Path) -> Literal["folder", "file"] | None:
 
     Raises:
       OSError: that cannot be found out.
+
+    Example:
+      >>> kind(Path(__file__)), kind(Path("no-such-file"))
+      ('file', None)
     """
     if isinstance(path, Path):
         return "folder" if path.is_dir() else "file" if path.exists() else None
@@ -111,6 +120,10 @@ def size(path: Path) -> int:
 
     Raises:
       OSError: there is none, or it cannot be found out.
+
+    Example:
+      >>> size(Path(__file__)) > 1000
+      True
     """
     if isinstance(path, Path):
         return path.stat().st_size
@@ -120,11 +133,16 @@ def size(path: Path) -> int:
 
 
 def forget(path: Path) -> None:
-    """Makes gcsfs list a bucket again, of which it keeps what it has listed once; does nothing for a local path."""
+    """Makes gcsfs list a bucket again, of which it keeps what it has listed once; does nothing for a local path.
+
+    Example:
+      >>> forget(Path("photos"))
+    """
     if not isinstance(path, Path):
         from etils.epath import backend
 
-        backend.fsspec_backend.fs(path).invalidate_cache()
+        with contextlib.suppress(Exception):  # what fails here fails at the next access too, which says so
+            backend.fsspec_backend.fs(path).invalidate_cache()
 
 
 def holds(folder: Path, names: Collection[str]) -> bool:
@@ -132,6 +150,10 @@ def holds(folder: Path, names: Collection[str]) -> bool:
 
     Raises:
       OSError: it cannot be listed.
+
+    Example:
+      >>> holds(Path(__file__).parent, ["paths.py", "errors.py"])
+      True
     """
     if isinstance(folder, Path):
         return all((folder / name).is_file() for name in names)
@@ -143,6 +165,10 @@ def entries(folder: Path) -> Iterator[tuple[str, bool]]:
 
     Raises:
       OSError: it cannot be listed.
+
+    Example:
+      >>> ("paths.py", False) in entries(Path(__file__).parent)
+      True
     """
     if isinstance(folder, Path):
         with os.scandir(folder) as found:
@@ -164,6 +190,11 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
     Raises:
       OSError: it cannot be opened or read.
+
+    Example:
+      >>> with opened(Path(__file__)) as file:
+      ...     len(file.read(3))
+      3
     """
     if isinstance(path, Path):
         with path.open("rb") as file:
@@ -178,7 +209,12 @@ def read_bytes(path: Path) -> bytes:
 
     Raises:
       OSError: it cannot be read.
+
+    Example:
+      >>> len(read_bytes(Path(__file__))) == size(Path(__file__))
+      True
     """
+    forget(path)  # and with it the size that the file had
     with opened(path) as file:
         return file.read()
 
@@ -195,11 +231,16 @@ def local_copy(
 
     Raises:
       ValueError, or `error`: as `readable_path`, or it cannot be copied.
+
+    Example:
+      >>> local_copy("run")
+      PosixPath('run')
     """
     source = readable_path(path, error=error)
     if isinstance(source, Path):
         return source
     try:
+        forget(source)
         found = kind(source)
         if found is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))

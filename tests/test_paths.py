@@ -167,6 +167,9 @@ def test_labels_are_read_from_a_bucket(url: str, tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_bytes("\ufeffant\r\nbée\n\n".encode())
     upload(tmp_path / "labels.txt", f"{url}/labels.txt")
     assert read_labels(f"{url}/labels.txt", 2) == read_labels(tmp_path / "labels.txt", 2) == ("ant", "bée")
+    assert kind(readable_path(f"{url}/labels.txt")) == "file" and f"{url}/labels.txt" not in map(str, image_files(url))
+    put(f"{url}/labels.txt", b"wasp\nhornet of the longest name")  # longer than what has been listed
+    assert read_labels(f"{url}/labels.txt", 2) == ("wasp", "hornet of the longest name")
     with pytest.raises(ValueError, match=f"^{url}/none.txt: no such label file$"):
         read_labels(f"{url}/none.txt", 2)
 
