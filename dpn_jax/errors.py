@@ -1,9 +1,7 @@
-"""Every exception of the package; how a reason and a path are printed on one line; URLs, refused."""
+"""Every exception of the package; how a reason and a path are printed on one line."""
 
 import errno
 import os
-import re
-from pathlib import Path
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 """What a file system says that has no locks; what is written there goes without."""
@@ -54,27 +52,6 @@ def shortened(text: str, most: int) -> str:
         return text
     half = (most - 3) // 2
     return f"{text[: most - 3 - half]}...{text[len(text) - half :]}"
-
-
-def local_path(path: str | os.PathLike, *, error: type[ValueError] = ValueError) -> Path:
-    """The path of a file or folder on this machine; a bucket's would become a folder named `s3:`.
-
-    Args:
-      path: what a user named.
-      error: the exception to raise.
-
-    Raises:
-      ValueError, or `error`: it is a URL, such as 's3://bucket/run' or `Path("gs://bucket/run")`.
-
-    Example:
-      >>> local_path("s3://bucket/run")
-      Traceback (most recent call last):
-      ValueError: s3://bucket/run: a URL; only local files can be read and written: copy it from or to a local path
-    """
-    # a Path has one slash left; a drive of Windows has one letter
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/" + ("" if isinstance(path, os.PathLike) else "/"), os.fsdecode(path)):
-        raise error(f"{shown(path)}: a URL; only local files can be read and written: copy it from or to a local path")
-    return Path(path)
 
 
 class CheckpointError(ValueError):

@@ -26,12 +26,13 @@ class Block:
 sys.meta_path.insert(0, Block())
 """
 TORCH = ("torch", "timm", "torchvision")
-EXTRAS = ("orbax", "grain", "array_record", "tensorboardX", "matplotlib", "etils")
+EXTRAS = ("orbax", "grain", "array_record", "tensorboardX", "matplotlib", "etils", "gcsfs")
 
 ORDER = [
     "config",
     "pretrained",
     "errors",
+    "paths",
     "operations",
     "layers",
     "blocks",

@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 from dpn_jax.checkpoint.timm_config import Described, read_timm_config
 from dpn_jax.config import VARIANTS, unknown_name_message
-from dpn_jax.errors import CheckpointError, local_path, reason, shown
+from dpn_jax.errors import CheckpointError, reason, shown
+from dpn_jax.paths import is_url, local_copy
 from dpn_jax.pretrained import PRETRAINED
 
 logger = logging.getLogger("dpn_jax")
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # timm's order of preference
+_CONFIG = "config.json"
 _HUB, _LOCAL = ("hf-hub:", "hf_hub:"), "local-dir:"  # timm's prefixes
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -38,7 +40,8 @@ def locate(source: str | Path, *, revision: str | None = None) -> Located:
     Args:
       source: a pretrained tag ('dpn92.mx_in1k'; 'dpn_tiny.digits' comes with this package), a hub id
         ('timm/dpn92.mx_in1k', 'hf-hub:julien-c/timm-dpn92'), a file, or a folder ('local-dir:folder' too) with the
-        weights and timm's `config.json`, or of a finished fine-tuning run. Where a folder with weights has the name of
+        weights and timm's `config.json`, or of a finished fine-tuning run; both also in a bucket ('gs://bucket/run'),
+        from which they are copied. Where a folder with weights has the name of
         a tag or hub id, it is the folder.
       revision: branch, tag or commit on the hub.
 
@@ -49,7 +52,9 @@ def locate(source: str | Path, *, revision: str | None = None) -> Located:
     """
     if str(source).startswith(_LOCAL):
         source = Path(str(source).removeprefix(_LOCAL))
-    path, name = local_path(source, error=CheckpointError), str(source)
+    if is_url(source):
+        source = local_copy(source, error=CheckpointError, files=_to_read)
+    path, name = Path(source), str(source)
     for prefix in _HUB:
         name = name.removeprefix(prefix)
     is_hub_id = name != str(source)
@@ -91,6 +96,11 @@ def promised_sha256(path: Path) -> str | None:
     return blob.name if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name) else None
 
 
+def _to_read(names: list[str]) -> list[str]:
+    """What is read of a folder with these files."""
+    return [name for name in names if name == _CONFIG] + [name for name in _WEIGHTS if name in names][:1]
+
+
 def _looks_like_file(name: str) -> bool:
     return name.endswith((".safetensors", ".json", ".pth", ".pt", ".bin", ".ckpt", ".tar")) or name.startswith(
         ("/", "./", "../")
@@ -101,7 +111,7 @@ def _find_locally(path: Path, is_file_name: bool, could_be_remote: bool) -> Loca
     """A file, or the weights in a folder; a folder without any does not stand in the way of a tag or a hub id."""
     if not path.is_dir():
         return Located(path, source=path.name) if is_file_name or path.exists() else None
-    config = path / "config.json"
+    config = path / _CONFIG
     if weights := next((path / name for name in _WEIGHTS if (path / name).is_file()), None):
         return Located(weights, path.name, read_timm_config(config) if config.is_file() else Described())
     if config.is_file() and (path / "checkpoints").is_dir():
@@ -168,7 +178,7 @@ def _download(repository: str, revision: str | None) -> Located:
         if tag := PRETRAINED.get(repository.removeprefix("timm/")):
             described = Described(tag.variant, tag.preprocessing)
         else:  # before the weights, since it may say that they are not a DPN's; our own files need none
-            config = fetch("config.json")
+            config = fetch(_CONFIG)
             described = read_timm_config(config) if config else Described()
         weights = next((path for name in _WEIGHTS if (path := fetch(name))), None)
         if weights is None:

@@ -39,7 +39,8 @@ def from_pretrained(
 
     Args:
       source: a tag ('dpn92.mx_in1k'), a hub id ('timm/dpn92.mx_in1k', 'hf-hub:you/your-dpn'), a file of timm's or ours
-        (.safetensors, .pth, .bin), or a folder: config.json and weights, or a finished fine-tuning run.
+        (.safetensors, .pth, .bin), or a folder: config.json and weights, or a finished fine-tuning run. Files and
+        folders may be in a bucket: 'gs://bucket/run'.
       model: the variant or config; defaults to what the file says or its tensors tell.
       num_classes: another number than the file's gives a freshly initialized classifier; 0 gives none.
       in_channels: another number than the file's adapts the first convolution by timm's rule: 1 sums the colors, N

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from dpn_jax.checkpoint.files import DTYPES, LazyTensor
-from dpn_jax.errors import CheckpointError, local_path, reason, shown
+from dpn_jax.errors import CheckpointError, reason, shown
+from dpn_jax.paths import local_path
 
 _DTYPE_ORDER = list(DTYPES)
 

@@ -5,7 +5,6 @@ import csv
 import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -20,6 +19,7 @@ from dpn_jax.images.sources import are_crops
 from dpn_jax.images.transform import Transform
 from dpn_jax.inference.classifier import Prediction
 from dpn_jax.multihost import is_first, require_same, together
+from dpn_jax.paths import kind, readable_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,10 +73,11 @@ class Classify(ClassifierOptions):
     def _found(self) -> Iterator[tuple[str, PackedImages | None] | ImageError]:
         """Yields the files, each with the packed folder it is in, and an error for each folder without images."""
         for name in self.images:
-            packed = PackedImages(name) if is_packed(name) else None
-            if packed is None and not Path(name).is_dir():
+            if kind(readable_path(name, error=ImageError)) != "folder":
                 yield name, None
-            elif files := image_files(name) if packed is None else packed.files:
+                continue
+            packed = PackedImages(name) if is_packed(name) else None
+            if files := image_files(name) if packed is None else packed.files:
                 yield from ((str(file), packed) for file in files)
             else:
                 yield ImageError(f"{shown(name)}: no images in this folder")

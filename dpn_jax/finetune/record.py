@@ -12,6 +12,7 @@ from dpn_jax.config import DPNConfig
 from dpn_jax.errors import NO_LOCKS, RunError, reason, shortened, shown
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.images.splits import ImageFolder
+from dpn_jax.paths import readable_path
 from dpn_jax.pretrained import Preprocessing
 
 RECORD = "config.json"
@@ -223,7 +224,7 @@ def _count(number: int, split: str = "") -> str:
 
 
 def _relative(file: str, root: Path) -> str:
-    return Path(file).relative_to(root).as_posix()
+    return readable_path(file).relative_to(root).as_posix()
 
 
 def _as_tuple(value: object) -> object:

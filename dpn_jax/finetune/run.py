@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from dpn_jax.checkpoint.save import save
 from dpn_jax.config import DPNConfig
-from dpn_jax.errors import RunError, local_path, reason
+from dpn_jax.errors import RunError, reason
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.data import BatchIterator, batches
 from dpn_jax.finetune.loop import Training, catch_interruption
@@ -26,6 +26,7 @@ from dpn_jax.finetune.start import Given, Images, Start, new, resumed
 from dpn_jax.finetune.step import TrainState
 from dpn_jax.model import DPN
 from dpn_jax.multihost import data_mesh, is_first, on_first, replicate
+from dpn_jax.paths import local_path
 
 WEIGHTS = "model.safetensors"
 
@@ -69,9 +70,9 @@ def finetune(
     uninterrupted one.
 
     Args:
-      folder: `train/<class>/*` and `val/<class>/*`, or `<class>/*`, see `image_folder`; each may be packed. A resumed
-        run knows its own.
-      output: the run's folder, new or empty unless `resume` is set.
+      folder: `train/<class>/*` and `val/<class>/*`, or `<class>/*`, see `image_folder`; each may be packed, and they
+        may be in a bucket ('gs://bucket/photos'). A resumed run knows its own.
+      output: the run's folder on this machine, new or empty unless `resume` is set.
       config: the options; defaults to those of the resumed run, or to `FinetuneConfig()`. A resumed run may have other
         `workers`, `keep`, `checkpoint_every`, `skip_broken` and `remat`, and more or fewer `epochs`: the learning rate
         then follows the schedule of their number from here.

@@ -13,7 +13,7 @@ from flax import nnx
 
 from dpn_jax.checkpoint.load import from_pretrained
 from dpn_jax.config import VARIANTS, DPNConfig, variant_of
-from dpn_jax.errors import DataError, local_path, shown
+from dpn_jax.errors import DataError, shown
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.data import find_broken
 from dpn_jax.finetune.loop import CHECKPOINTS
@@ -30,6 +30,7 @@ from dpn_jax.finetune.record import (
 from dpn_jax.images.splits import ImageFolder, image_folders
 from dpn_jax.model import DPN, create_model
 from dpn_jax.multihost import gather, on_first
+from dpn_jax.paths import absolute, readable_path
 from dpn_jax.pretrained import PRETRAINED, Preprocessing, Provenance, default_preprocessing
 
 logger = logging.getLogger("dpn_jax")
@@ -53,7 +54,7 @@ class Given(NamedTuple):
     @property
     def start(self) -> dict[str, str | None]:
         """What the record says of it; an architecture has a place of its own there."""
-        source = str(self.source.absolute()) if isinstance(self.source, Path) else self.source
+        source = str(absolute(readable_path(self.source))) if isinstance(self.source, Path) else self.source
         return {
             "source": source if isinstance(source, str) else None,
             "model": self.model,
@@ -78,7 +79,7 @@ class Start(NamedTuple):
         Raises:
           RunError: they cannot be written.
         """
-        write_images(output, Path(self.record.folder), self.images._asdict(), self.broken)
+        write_images(output, readable_path(self.record.folder), self.images._asdict(), self.broken)
         write_record(output, self.record)
 
 
@@ -90,7 +91,7 @@ def new(output: Path, config: FinetuneConfig | None, given: Given, say: Callable
       CheckpointError, ValueError: the model cannot be loaded.
     """
     config = config or FinetuneConfig()
-    root = local_path(given.folder, error=DataError)
+    root = readable_path(given.folder, error=DataError)
     images = Images(*image_folders(root, val_fraction=config.val_fraction, seed=config.seed))
     names = images.train.class_names
     start = initial_model(given.source, config, names, model=given.model, revision=given.revision, note=say)
@@ -107,7 +108,7 @@ def new(output: Path, config: FinetuneConfig | None, given: Given, say: Callable
         say(f"{len(broken)} images cannot be read and are skipped; {output / IMAGES} lists them")
     record = Record(
         config=config,
-        folder=str(root.absolute()),
+        folder=str(absolute(root)),
         start=given.start,
         source=start.provenance.source,
         architecture=start.config,
@@ -126,7 +127,7 @@ def resumed(output: Path, config: FinetuneConfig | None, given: Given, say: Call
     saved = Record.from_json(output, on_first(lambda: read_record(output)))
     # process 0's options count for all: perhaps only it sees the run's folder
     config = config_from_json(on_first(lambda: dataclasses.asdict(saved.continued(output, config, given.start, say))))
-    root = local_path(given.folder or saved.folder, error=DataError).absolute()
+    root = absolute(readable_path(given.folder or saved.folder, error=DataError))
     now = Images(*image_folders(root, val_fraction=config.val_fraction, seed=config.seed))
     present = {file for split in now for file in split.files}
     found = find_images(on_first(lambda: read_images(output)), root, present, say)

@@ -6,8 +6,9 @@ import re
 import unicodedata
 from pathlib import Path
 
-from dpn_jax.errors import ImageError, local_path, reason, shown
+from dpn_jax.errors import ImageError, reason, shown
 from dpn_jax.images.read import SUFFIXES, UNSUPPORTED_SUFFIXES
+from dpn_jax.paths import entries, forget, holds, kind, readable_path
 
 # besides hidden ones: of macOS's archives, Python, Synology, Windows, ext4
 _LEFT_BEHIND = frozenset(
@@ -26,10 +27,11 @@ def image_files(folder: str | os.PathLike) -> list[Path]:
     many photos have a format that cannot be read.
 
     Args:
-      folder: where to look. Symbolic links are followed, as in timm, except into a folder that contains them.
+      folder: where to look, also in a bucket ('gs://bucket/photos'). Symbolic links are followed, as in timm, except
+        into a folder that contains them.
 
     Returns:
-      Paths that begin with `folder`, sorted.
+      Paths that begin with `folder`, sorted; those in a bucket are `epath.Path`s.
 
     Raises:
       ImageError: `folder` or a folder in it cannot be listed.
@@ -39,7 +41,7 @@ def image_files(folder: str | os.PathLike) -> list[Path]:
       Traceback (most recent call last):
       dpn_jax.errors.ImageError: no-such-folder: No such file or directory
     """
-    walk = Walk(local_path(folder, error=ImageError))
+    walk = Walk(readable_path(folder, error=ImageError))
     files = walk.images(walk.root)
     walk.tell()
     return files
@@ -49,8 +51,8 @@ def class_folders(root: str | os.PathLike) -> dict[str, list[Path]]:
     """Lists the images of `root/<class>/**`, class by class; no image is opened.
 
     Args:
-      root: the folder that holds one folder of images per class. Files beside the class folders are skipped, and so is
-        what `image_files` passes over; folders inside a class folder belong to its class.
+      root: the folder, also in a bucket, that holds one folder of images per class. Files beside the class folders are
+        skipped, and so is what `image_files` passes over; folders inside a class folder belong to its class.
 
     Returns:
       The images of each class, sorted, as paths that begin with `root`. The classes are in the natural order of their
@@ -69,7 +71,7 @@ def class_folders(root: str | os.PathLike) -> dict[str, list[Path]]:
 
     Source: `timm.data.readers.reader_image_folder` and, for the order, `timm.data.readers.class_map.natural_key`.
     """
-    root = local_path(root, error=ImageError)
+    root = readable_path(root, error=ImageError)
     walk = Walk(root)
     folders: dict[str, Path] = {}
     for folder in walk.folders(root):
@@ -100,6 +102,7 @@ class Walk:
     """
 
     def __init__(self, root: Path) -> None:
+        forget(root)
         self.root = root
         self._passed_over: list[Path] = []
         self._unreadable: list[Path] = []
@@ -111,8 +114,8 @@ class Walk:
           ImageError: it is not a folder, or cannot be listed.
         """
         try:
-            if not folder.is_dir():
-                raise ImageError(f"{shown(folder)}: {'is not a folder' if folder.exists() else 'no such folder'}")
+            if (found := kind(folder)) != "folder":
+                raise ImageError(f"{shown(folder)}: {'is not a folder' if found else 'no such folder'}")
         except OSError as error:
             raise ImageError(f"{shown(folder)}: {reason(error)}") from error
         return sorted(self._entries(folder)[0])
@@ -150,13 +153,12 @@ class Walk:
         """The folders and the files in a folder, without what is passed over."""
         folders, files = [], []
         try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    path, is_folder = folder / entry.name, entry.is_dir()
-                    if not _is_left_behind(path, is_folder):
-                        (folders if is_folder else files).append(path)
-                    elif is_folder or path.suffix.lower() in SUFFIXES:
-                        self._passed_over.append(path)
+            for name, is_folder in entries(folder):
+                path = folder / name
+                if not _is_left_behind(path, is_folder):
+                    (folders if is_folder else files).append(path)
+                elif is_folder or path.suffix.lower() in SUFFIXES:
+                    self._passed_over.append(path)
         except OSError as error:
             raise ImageError(f"{shown(folder)}: {reason(error)}") from error
         return folders, files
@@ -165,12 +167,12 @@ class Walk:
 def _is_left_behind(path: Path, is_folder: bool) -> bool:
     if path.name.startswith(".") or path.name.lower() in _LEFT_BEHIND:
         return True
-    return is_folder and all((path / name).is_file() for name in _RUN_FILES)
+    return is_folder and holds(path, _RUN_FILES)
 
 
 def _resolved(folder: Path) -> Path:
     try:
-        return folder.resolve()
+        return folder.resolve() if isinstance(folder, Path) else folder  # a bucket has no links
     except OSError as error:
         raise ImageError(f"{shown(folder)}: {reason(error)}") from error
 

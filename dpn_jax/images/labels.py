@@ -2,13 +2,14 @@
 
 import functools
 import importlib.resources
+import io
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from dpn_jax.errors import reason, shown
+from dpn_jax.paths import kind, read_bytes, readable_path
 
 
 class Label(NamedTuple):
@@ -60,9 +61,9 @@ def read_labels(path: str | os.PathLike, num_classes: int) -> tuple[str, ...]:
     """Reads the names of a model's classes from a file.
 
     Args:
-      path: a UTF-8 text with one name per line, in the order of the logits; empty lines at its end do not count. Or
-        JSON: a list of names, or an object by index, `{"0": "tench"}` as in the hub's `id2label` or
-        `{"0": ["n01440764", "tench"]}` as in Keras's `imagenet_class_index.json`.
+      path: a file, also in a bucket: UTF-8 text with one name per line, in the order of the logits; empty lines at
+        its end do not count. Or JSON: a list of names, or an object by index, `{"0": "tench"}` as in the hub's
+        `id2label` or `{"0": ["n01440764", "tench"]}` as in Keras's `imagenet_class_index.json`.
       num_classes: number of names expected.
 
     Returns:
@@ -77,11 +78,11 @@ def read_labels(path: str | os.PathLike, num_classes: int) -> tuple[str, ...]:
       Traceback (most recent call last):
       ValueError: no-such-file.txt: no such label file
     """
-    name = shown(path)
-    if not Path(path).is_file():
+    name, path = shown(path), readable_path(path)
+    if kind(path) != "file":
         raise ValueError(f"{name}: no such label file")
     try:
-        text = Path(path).read_text(encoding="utf-8-sig").rstrip()
+        text = io.TextIOWrapper(io.BytesIO(read_bytes(path)), "utf-8-sig").read().rstrip()
     except (OSError, UnicodeError) as error:
         raise ValueError(f"{name}: label file cannot be read as UTF-8 text: {reason(error)}") from error
     labels = [line.strip() for line in text.split("\n")] if text else []

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpn_jax.checkpoint.write import write_atomically
-from dpn_jax.errors import NO_LOCKS, ImageError, PackError, local_path, reason, shown
+from dpn_jax.errors import NO_LOCKS, ImageError, PackError, reason, shown
 from dpn_jax.images.packed import is_packed
 from dpn_jax.images.read import read_image
 from dpn_jax.images.records import MANIFEST, PLAN, Manifest, Record, Shard, array_record
 from dpn_jax.images.splits import ImageFolder, list_images
 from dpn_jax.images.transform import Transform
 from dpn_jax.images.workers import prefetched, refuse_in_starting_worker
+from dpn_jax.paths import local_path
 from dpn_jax.pretrained import Preprocessing
 
 SHARD_SIZE = 512

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpn_jax.errors import ImageError, local_path, reason, shown
+from dpn_jax.errors import ImageError, reason, shown
 from dpn_jax.images.records import MANIFEST, PLAN, ImageBytes, Manifest, Record, array_record
+from dpn_jax.paths import absolute, forget, kind, readable_path, size
 from dpn_jax.pretrained import Preprocessing
 
 
@@ -23,8 +24,9 @@ def is_packed(folder: str | os.PathLike) -> bool:
       >>> is_packed("no-such-folder")
       False
     """
-    folder = Path(folder)
-    return (folder / PLAN).is_file() or ((folder / MANIFEST).is_file() and any(folder.glob("*.array_record")))
+    folder = readable_path(folder)
+    forget(folder)
+    return kind(folder / PLAN) == "file" or (kind(folder / MANIFEST) == "file" and any(folder.glob("*.array_record")))
 
 
 class _Part(NamedTuple):
@@ -40,7 +42,7 @@ class PackedImages(Sequence[tuple[bytes | np.ndarray, int]]):
     """The images of a packed folder, read record by record; picklable, and safe in threads.
 
     Args:
-      folder: what `dpn-jax pack` has written.
+      folder: what `dpn-jax pack` has written, here or in a bucket ('gs://bucket/packed').
 
     Attributes:
       folder: its path.
@@ -61,8 +63,9 @@ class PackedImages(Sequence[tuple[bytes | np.ndarray, int]]):
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
-        self.folder = local_path(folder, error=ImageError).absolute()
-        manifest = Manifest.read(local_path(folder, error=ImageError))
+        folder = readable_path(folder, error=ImageError)
+        self.folder = absolute(folder)
+        manifest = Manifest.read(folder)
         self.class_names = manifest.class_names
         self.preprocessing = manifest.preprocessing
         self.broken = manifest.broken
@@ -159,18 +162,18 @@ class PackedImages(Sequence[tuple[bytes | np.ndarray, int]]):
     def _name(self, index: int) -> str:
         """How messages name an image."""
         shard, number = self._place(index)
-        name = Path(self.files[index]).relative_to(self.folder)
+        name = readable_path(self.files[index]).relative_to(self.folder)
         return f"{shown(self.folder / self._shards[shard][0])}: record {number} ({shown(name)})"
 
     def _why(self, index: int, error: Exception) -> str:
         """Why a record could not be read."""
-        file, size = self._shards[self._place(index)[0]]
+        file, expected = self._shards[self._place(index)[0]]
         try:
-            found = (self.folder / file).stat().st_size
+            found = size(self.folder / file)
         except OSError as missing:
             return reason(missing)
-        if found < size:
-            return f"the shard is truncated: {found:,} of {size:,} bytes"
+        if found < expected:
+            return f"the shard is truncated: {found:,} of {expected:,} bytes"
         return reason(error) if type(error) is ValueError else f"damaged ({reason(error)})"
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from dpn_jax.errors import ImageError, reason, shown
+from dpn_jax.paths import opened, readable_path
 
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
 """The most pixels of an image, as read or resized: 89,478,485, above which Pillow warns by default."""
@@ -56,10 +57,11 @@ def read_image(
     read. Truncated files are refused.
 
     Args:
-      source: the path of a JPEG, PNG, WebP, GIF, BMP, TIFF, PPM or AVIF file (where Pillow has that), whatever its
-        suffix; the content of such a file, as bytes, a bytearray or a memoryview; a file object opened in binary mode,
-        which is read from where it stands to its end, and left open; a PIL image, which is not modified; or a uint8
-        array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]. At most `MAX_PIXELS` pixels, and `MAX_BYTES` of a file object.
+      source: the path, also in a bucket ('gs://bucket/photo.jpg'), of a JPEG, PNG, WebP, GIF, BMP, TIFF, PPM or AVIF
+        file (where Pillow has that), whatever its suffix; the content of such a file, as bytes, a bytearray or a
+        memoryview; a file object opened in binary mode, which is read from where it stands to its end, and left open; a
+        PIL image, which is not modified; or a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]. At most
+        `MAX_PIXELS` pixels, and `MAX_BYTES` of a file object or of a bucket's file.
       exif: apply the EXIF orientation; defaults to False, as in timm. EXIF data that cannot be read are ignored.
         (Pillow itself always applies the orientation of TIFF files.)
       mode: 'RGB', or 'L' for one channel of gray.
@@ -101,7 +103,10 @@ def source_name(source: object) -> str:
 def _file(source: ImageSource) -> Path | io.BytesIO:
     """What Pillow opens; neither a file without an end nor one with nothing in it."""
     if isinstance(source, str | os.PathLike):
-        path = Path(os.fsdecode(source))
+        path = readable_path(source)
+        if not isinstance(path, Path):
+            with opened(path) as remote:
+                return _file(remote)
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
             raise ValueError("is a folder, not an image; list its images with image_files")

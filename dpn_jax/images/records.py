@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from dpn_jax.errors import ImageError, reason, shown
+from dpn_jax.paths import kind, read_bytes
 from dpn_jax.pretrained import Preprocessing
 
 FORMAT = 1
@@ -144,7 +145,7 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            fields = json.loads(path.read_text("utf-8"))
+            fields = json.loads(read_bytes(path).decode("utf-8"))
             if fields["format"] != FORMAT:
                 raise ImageError(
                     f"{shown(path)}: format {fields['format']!r}, but this dpn_jax reads format {FORMAT}; pack the "
@@ -164,7 +165,7 @@ class Manifest:
             raise
         except FileNotFoundError:
             unfinished = "has not been packed to its end; run the same dpn-jax pack again"
-            why = unfinished if (folder / PLAN).exists() else f"no packed images (no {MANIFEST} in it)"
+            why = unfinished if kind(folder / PLAN) else f"no packed images (no {MANIFEST} in it)"
             raise ImageError(f"{shown(folder)}: {why}") from None
         except OSError as error:
             raise ImageError(f"{shown(path)}: cannot be read ({reason(error)})") from error

@@ -3,16 +3,18 @@
 import csv
 import dataclasses
 import hashlib
+import io
 import os
 import unicodedata
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
-from dpn_jax.errors import DataError, ImageError, local_path, reason, shown
+from dpn_jax.errors import DataError, ImageError, reason, shown
 from dpn_jax.images.folders import Walk, class_folders, natural_key
 from dpn_jax.images.packed import PackedImages, identity, is_packed
 from dpn_jax.images.read import ImageSource
+from dpn_jax.paths import absolute, is_url, kind, read_bytes, readable_path
 from dpn_jax.pretrained import Preprocessing
 
 Split = Literal["train", "val", "all"]
@@ -101,7 +103,7 @@ def image_folder(
     by a hash of the seed and each file's name, so that adding an image hardly moves any other.
 
     Args:
-      path: the folder; `class_folders` says which folders and files count.
+      path: the folder, also in a bucket ('gs://bucket/photos'); `class_folders` says which folders and files count.
       split: 'train', 'val', or 'all' for every image of `path/<class>/*`.
       val_fraction: fraction of each class that is 'val', in [0, 1), at least one image and not all; 0 holds out none.
         Defaults to 0.2 where `path` has no split folders, which it does not go with.
@@ -126,7 +128,7 @@ def image_folder(
         raise ValueError(f"split must be 'train', 'val' or 'all', got {split!r}")
     if split != "all":
         return image_folders(path, (split,), val_fraction=val_fraction, seed=seed)[0]
-    root = local_path(path, error=DataError)
+    root = readable_path(path, error=DataError)
     if folders := _split_folders(root):
         names = " and ".join(f"{folder.name}/" for folder in folders.values())
         raise DataError(f"{shown(root)}: has {names}; name one of the two")
@@ -143,7 +145,7 @@ def image_folders(
     """`image_folder` for several splits from one walk; arguments and errors are the same."""
     if val_fraction is not None and not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction!r}")
-    root = local_path(path, error=DataError)
+    root = readable_path(path, error=DataError)
     folders = _split_folders(root)
     if len(folders) == 1:
         ((given, folder),) = folders.items()
@@ -183,7 +185,8 @@ def list_images(path: str | os.PathLike) -> ImageFolder:
 
     Args:
       path: a folder as for `class_folders`; one that `dpn-jax pack` has written; or a file `*.csv`, whose columns
-        `image` and `label` have each image's path, from the file's folder, and the name of its class.
+        `image` and `label` have each image's URL or path, from the file's folder, and the name of its class. Each may
+        be in a bucket ('gs://bucket/photos').
 
     Returns:
       The images, as paths that begin with `path` (absolute ones, if they are packed), with at least one class; the
@@ -198,17 +201,17 @@ def list_images(path: str | os.PathLike) -> ImageFolder:
       Traceback (most recent call last):
       dpn_jax.errors.ImageError: no-such.csv: cannot be read (No such file or directory)
     """
-    root = local_path(path, error=ImageError)
+    root = readable_path(path, error=ImageError)
     if is_packed(root):
         packed = PackedImages(root)
         return ImageFolder(packed.class_names, packed.files, packed.labels, packed=packed)
-    if root.suffix.lower() == ".csv" and not root.is_dir():
+    if root.suffix.lower() == ".csv" and kind(root) != "folder":
         return _from_csv(root)
     classes = class_folders(root)
     return _labeled([(file, name) for name, files in classes.items() for file in files])
 
 
-def _labeled(pairs: Sequence[tuple[Path, str]]) -> ImageFolder:
+def _labeled(pairs: Sequence[tuple[Path | str, str]]) -> ImageFolder:
     """From each image and the name of its class."""
     names = tuple(sorted({name for _, name in pairs}, key=natural_key))
     index = {name: label for label, name in enumerate(names)}
@@ -218,16 +221,16 @@ def _labeled(pairs: Sequence[tuple[Path, str]]) -> ImageFolder:
 def _from_csv(path: Path) -> ImageFolder:
     pairs = []
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, strict=True)
-            if missing := {"image", "label"} - set(rows.fieldnames or ()):
-                raise ImageError(
-                    f"{shown(path)}: no column {', '.join(sorted(missing))} in its first line; expected image,label"
-                )
-            for row in rows:
-                if not row["image"] or not row["label"]:
-                    raise ImageError(f"{shown(path)}: line {rows.line_num}: an image and a label expected")
-                pairs.append((path.parent / row["image"], unicodedata.normalize("NFC", row["label"])))
+        rows = csv.DictReader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline=""), strict=True)
+        if missing := {"image", "label"} - set(rows.fieldnames or ()):
+            raise ImageError(
+                f"{shown(path)}: no column {', '.join(sorted(missing))} in its first line; expected image,label"
+            )
+        for row in rows:
+            if not row["image"] or not row["label"]:
+                raise ImageError(f"{shown(path)}: line {rows.line_num}: an image and a label expected")
+            image = row["image"] if is_url(row["image"]) else path.parent / row["image"]
+            pairs.append((image, unicodedata.normalize("NFC", row["label"])))
     except OSError as error:
         raise ImageError(f"{shown(path)}: cannot be read ({reason(error)})") from error
     except (csv.Error, UnicodeError) as error:
@@ -260,7 +263,7 @@ def _two_or_more_classes(root: Path) -> ImageFolder:
         raise DataError(str(error)) from error
     if len(images.class_names) == 1:
         raise DataError(f"{shown(root)}: one class only, {shown(Path(*images.class_names))}; there must be two or more")
-    return dataclasses.replace(images, files=tuple(str(Path(file).absolute()) for file in images.files))
+    return dataclasses.replace(images, files=tuple(str(absolute(readable_path(file))) for file in images.files))
 
 
 def _held_out(images: ImageFolder, root: Path, fraction: float, seed: int) -> set[int]:
@@ -270,7 +273,7 @@ def _held_out(images: ImageFolder, root: Path, fraction: float, seed: int) -> se
         of_class[label].append(index)
 
     def digest(index: int) -> bytes:
-        name = unicodedata.normalize("NFC", Path(images.files[index]).relative_to(root.absolute()).as_posix())
+        name = unicodedata.normalize("NFC", readable_path(images.files[index]).relative_to(absolute(root)).as_posix())
         folder, _, rest = name.partition("/")
         class_name = images.class_names[images.labels[index]]
         return hashlib.blake2b(os.fsencode(f"{seed}/{class_name}/{rest or folder}"), digest_size=16).digest()

@@ -17,13 +17,14 @@ import jax.numpy as jnp
 
 from dpn_jax.checkpoint.write import writable_path, write_atomically
 from dpn_jax.config import variant_of
-from dpn_jax.errors import ExportError, local_path, reason, shown
+from dpn_jax.errors import ExportError, reason, shown
 from dpn_jax.fast.forward import FastForward, PlainForward
 from dpn_jax.fast.grouped import Native
 from dpn_jax.fast.plan import PLANS, Plan
 from dpn_jax.images.labels import named_classes
 from dpn_jax.inference.program import normalize
 from dpn_jax.model import DPN
+from dpn_jax.paths import local_copy
 from dpn_jax.pretrained import Preprocessing, default_preprocessing
 
 Platform = Literal["tpu", "cuda", "rocm", "cpu"]
@@ -121,21 +122,21 @@ def load_exported(path: str | Path) -> jax.export.Exported:
     """Reads a file that `export_model` wrote.
 
     Args:
-      path: the file.
+      path: the file, also in a bucket ('gs://bucket/dpn92.jaxexport').
 
     Returns:
       JAX's object: `jax.jit(exported.call)` maps images, normalized float32 or uint8 `[B, H, W, C]`, to float32 logits;
       `exported.platforms` and `exported.in_avals` are the platforms and the shapes it runs on.
 
     Raises:
-      ExportError: the file is missing, damaged, or from a newer JAX, or a URL.
+      ExportError: the file is missing, damaged, or from a newer JAX.
 
     Example:
       >>> load_exported("no-such-file.jaxexport")
       Traceback (most recent call last):
       dpn_jax.errors.ExportError: no-such-file.jaxexport: No such file or directory
     """
-    path = local_path(path, error=ExportError)
+    path = local_copy(path, error=ExportError)
     try:
         return jax.export.deserialize(bytearray(path.read_bytes()))
     except OSError as error:
@@ -176,12 +177,13 @@ def read_artifact(path: str | Path) -> Artifact:
       Traceback (most recent call last):
       dpn_jax.errors.ExportError: no-such-file.jaxexport: No such file or directory
     """
+    path = local_copy(path, error=ExportError)
     exported = load_exported(path)
     try:
         with zipfile.ZipFile(path) as archive:
             fields = json.loads(archive.read(METADATA))
         artifact = Artifact(
-            path=Path(path),
+            path=path,
             exported=exported,
             preprocessing=Preprocessing(**fields["preprocessing"]),
             class_names=tuple(str.strip(name) for name in fields["class_names"]),

@@ -12,7 +12,6 @@ from huggingface_hub import errors
 
 import dpn_jax
 from dpn_jax.checkpoint.hub import locate
-from dpn_jax.checkpoint.save import convert
 from dpn_jax.checkpoint.timm_config import Described
 from dpn_jax.cli.options import ModelOptions
 from dpn_jax.pretrained import PRETRAINED, Preprocessing
@@ -55,18 +54,6 @@ def test_a_folder_laid_out_like_a_repository(tiny_file: Path, tmp_path: Path) ->
     assert model.provenance.preprocessing == Preprocessing(
         image_size=64, crop_fraction=0.9, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3)
     )
-
-
-@pytest.mark.parametrize("source", ["gs://bucket/a.safetensors", "https://host/timm/dpn92", Path("s3://bucket/run")])
-def test_a_url_is_no_source(source: str | Path, tmp_path: Path) -> None:
-    said = r"a URL; only local files can be read and written: copy it from or to a local path$"
-    for read in (dpn_jax.from_pretrained, dpn_jax.load):
-        with pytest.raises(dpn_jax.CheckpointError, match=said):
-            read(source)
-    with pytest.raises(dpn_jax.CheckpointError, match=said):
-        convert(source, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=said):
-        dpn_jax.load_exported(source)
 
 
 def test_timms_prefix_of_a_folder(tiny_file: Path, tmp_path: Path) -> None:

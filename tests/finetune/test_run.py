@@ -204,10 +204,11 @@ def test_a_bucket_is_refused_before_anything_is_made(
     images: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RunError, match="s3://bucket/run: a URL; only local"):
-        finetune(images, "s3://bucket/run", source=weights)
-    with pytest.raises(DataError, match="gs://bucket/photos: a URL; only local"):
-        finetune("gs://bucket/photos", "run", source=weights)
+    for url in ("s3://bucket/run", "gs://bucket/run"):
+        with pytest.raises(RunError, match=f"{url}: a URL; only local"):
+            finetune(images, url, source=weights)
+    with pytest.raises(DataError, match="s3://bucket/photos: a URL; only local files and gs:// can be read"):
+        finetune("s3://bucket/photos", "run", source=weights)
     assert list(tmp_path.iterdir()) == []
 
 
