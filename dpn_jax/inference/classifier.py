@@ -80,11 +80,11 @@ class Classifier:
         config, provenance = model.config, model.provenance
         if not config.num_classes or not config.global_pool:
             raise ValueError("the model does not give one logit per class (num_classes is 0 or global_pool is '')")
-        self.transform = transform or Transform(provenance.preprocessing or default_preprocessing(config))
-        if len(self.transform.preprocessing.mean) != config.in_channels:
+        transform = transform or Transform(provenance.preprocessing or default_preprocessing(config))
+        settings = transform.preprocessing
+        if len(settings.mean) != config.in_channels:
             raise ValueError(
-                f"the model reads {config.in_channels} channels, but the preprocessing gives "
-                f"{len(self.transform.preprocessing.mean)}"
+                f"the model reads {config.in_channels} channels, but the preprocessing gives {len(settings.mean)}"
             )
         chosen = find_devices(devices)
         if labels is None:
@@ -94,11 +94,12 @@ class Classifier:
         program = Program(
             forward.apply,
             forward.params,
-            self.transform.preprocessing,
+            settings,
             chosen,
             compiler_options=forward.compiler_options,
         )
-        self._pipeline = Pipeline(program, self.transform, batch_size, workers)
+        forward.params = program.params  # which `forward.apply` keeps alive
+        self._pipeline = Pipeline(program, transform, batch_size, workers)
 
     @classmethod
     def from_pretrained(
@@ -150,15 +151,18 @@ class Classifier:
 
         Args:
           source: the file, or what `read_artifact` read.
-          transform: prepares an image; defaults to that in the file.
+          transform: prepares an image, with the preprocessing in the file, which is the default.
           labels: a name for each class; defaults to those in the file.
           batch_size, devices, workers: as for `Classifier`; a file for a fixed batch has it on each device.
 
         Raises:
           ExportError: the file cannot be read, was written by dpn_jax 0.1.0, or is for other platforms.
-          ValueError: as for `Classifier`.
+          ValueError: as for `Classifier`, or the transform has another preprocessing.
         """
         artifact = source if isinstance(source, Artifact) else read_artifact(source)
+        transform = transform or Transform(artifact.preprocessing)
+        if transform.preprocessing != artifact.preprocessing:
+            raise ValueError(f"the exported model needs {artifact.preprocessing}, got {transform.preprocessing}")
         chosen = find_devices(devices)
         artifact.require(chosen[0].platform)
         images, logits = artifact.exported.in_avals[0], artifact.exported.out_avals[0]
@@ -173,13 +177,10 @@ class Classifier:
         )
         if fixed:
             batch_size = program.rows(1)
+        names = (artifact.class_names, artifact.synsets) if labels is None else named_classes(labels, logits.shape[1])
         classifier = cls.__new__(cls)
-        classifier.transform = transform or Transform(artifact.preprocessing)
-        if labels is None:
-            classifier.labels, classifier.synsets = artifact.class_names, artifact.synsets
-        else:
-            classifier.labels, classifier.synsets = named_classes(labels, logits.shape[1])
-        classifier._pipeline = Pipeline(program, classifier.transform, batch_size, workers)
+        classifier.labels, classifier.synsets = names
+        classifier._pipeline = Pipeline(program, transform, batch_size, workers)
         return classifier
 
     def __call__(
@@ -233,6 +234,11 @@ class Classifier:
         """
         rows = self._pipeline.stream(images, prepared=prepared, total=total)
         return self._predictions(rows, self._checked(top_k))
+
+    @property
+    def transform(self) -> Transform:
+        """Prepares an image: its `crop` runs on the host, its normalization on the devices."""
+        return self._pipeline.transform
 
     @property
     def devices(self) -> tuple[jax.Device, ...]:

@@ -74,8 +74,8 @@ class Program:
         raw: bool = False,
         rows_each: int | None = None,
     ) -> None:
-        self.mesh = data_mesh(devices)
-        self.params = jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
+        self.params = params
+        self._place(devices)
         self._rows_each = rows_each
         self._compiler_options = dict(compiler_options or {})
         self._apply = apply if raw else functools.partial(_apply_normalized, apply, preprocessing)
@@ -86,8 +86,20 @@ class Program:
         return jax.jit(split_over(self._apply, self.mesh), compiler_options=self._compiler_options)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is compiled, which can be neither copied nor pickled."""
-        return {name: value for name, value in vars(self).items() if name != "jitted"}
+        """Without what is compiled and without devices, which can be neither copied nor pickled."""
+        state = {name: value for name, value in vars(self).items() if name not in ("jitted", "mesh")}
+        return state | {"params": jax.device_get(self.params), "ids": [device.id for device in self.mesh.devices.flat]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """On the devices of the same numbers, or on all if there are none of these."""
+        ids = state.pop("ids")
+        present = jax.local_devices()
+        self.__dict__.update(state)
+        self._place([device for device in present if device.id in ids] or present)
+
+    def _place(self, devices: Sequence[jax.Device]) -> None:
+        self.mesh = data_mesh(devices)
+        self.params = jax.device_put(self.params, NamedSharding(self.mesh, PartitionSpec()))
 
     def rows(self, images: int) -> int:
         """The rows of a batch that holds so many images: as many on each device."""

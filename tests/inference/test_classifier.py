@@ -1,5 +1,9 @@
+import copy
+import gc
 import io
+import pickle
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -201,6 +205,27 @@ def test_pixels_are_normalized_in_the_program(classifier: dpn_jax.Classifier, pi
     assert crops.dtype == np.uint8
     expected = classifier.logits(classifier.transform.normalize(crops))
     np.testing.assert_allclose(classifier.logits(crops), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda classifier: pickle.loads(pickle.dumps(classifier))])
+def test_a_copy_classifies_alike(
+    classifier: dpn_jax.Classifier, pictures: list[np.ndarray], duplicate: Callable[..., dpn_jax.Classifier]
+) -> None:
+    expected = classifier(pictures)
+    copied = duplicate(classifier)
+    assert copied(pictures) == expected
+    assert copied.devices == classifier.devices
+
+
+def test_parameters_are_on_a_device_once(pictures: list[np.ndarray]) -> None:
+    before = sum(array.nbytes for array in jax.live_arrays())
+    model = dpn_jax.create_model(TINY, rngs=nnx.Rngs(0))
+    size = sum(array.nbytes for array in jax.live_arrays()) - before
+    classifier = dpn_jax.Classifier(model, donate=True, devices=jax.devices()[:1])
+    del model
+    gc.collect()
+    assert sum(array.nbytes for array in jax.live_arrays()) - before < 1.2 * size
+    assert classifier(pictures[0])
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 6, 10, 16])

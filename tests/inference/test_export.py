@@ -182,6 +182,8 @@ def test_an_exported_file_classifies_as_its_model(uint8: bool, batch_size: int |
     for best, expected in zip(exported(pictures), Classifier(model)(pictures), strict=True):
         assert [prediction.label for prediction in best] == [prediction.label for prediction in expected]
         np.testing.assert_allclose([p.probability for p in best], [p.probability for p in expected], atol=1e-6)
+    with pytest.raises(ValueError, match=r"the exported model needs Preprocessing\(image_size=32.*, got .*=40"):
+        Classifier.from_exported(path, transform=dpn_jax.preprocessing(dpn_jax.Preprocessing(image_size=40)))
     renamed = Classifier.from_exported(path, labels="abcde")
     assert renamed(pictures[0])[0].label == "abcde"[exported(pictures[0])[0].index]
 
