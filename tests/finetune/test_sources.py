@@ -202,12 +202,12 @@ def test_a_run_on_packed_photos_is_the_run_on_their_folders(photos: Path, tmp_pa
     finetune(files, tmp_path / "packed", CONFIG, source=weights, progress=False)
     assert contents(tmp_path / "packed") == contents(tmp_path / "folders")
     resumed = {}
-    for name, then in (("folders again", photos), ("files", files)):
+    for name, then in (("folders again", photos), ("files again", files)):
         started = dataclasses.replace(CONFIG, epochs=1)
         finetune(photos, tmp_path / name, started, source=weights, progress=False)
         finetune(then, tmp_path / name, CONFIG, resume=True, progress=False)
         resumed[name] = contents(tmp_path / name)
-    assert resumed["files"] == resumed["folders again"], "a run may be moved to its packed images"
+    assert resumed["files again"] == resumed["folders again"], "a run may be moved to its packed images"
 
 
 @pytest.mark.slow
