@@ -105,12 +105,14 @@ class DualPathBlock(nnx.Module):
         **options: Any,
     ) -> None:
         channels, width, out = stage.block_in_channels(index), stage.bottleneck, stage.residual + 2 * stage.increment
-        stride = stage.stride if index == 0 else 1
+        stride, dilation = (stage.stride, stage.entry_dilation) if index == 0 else (1, stage.dilation)
         options = {"norm": norm, "operations": operations, "rngs": rngs, **options}
         with initialized_together(self, rngs):
             self.shortcut = NormActConv(channels, out, stride=stride, **options) if index == 0 else None
             self.reduce = NormActConv(channels, width, **options)
-            self.grouped = NormActConv(width, width, kernel_size=3, stride=stride, groups=stage.groups, **options)
+            self.grouped = NormActConv(
+                width, width, kernel_size=3, stride=stride, dilation=dilation, groups=stage.groups, **options
+            )
             self.expand = Expand(stage, split=split_expand, **options)
         self.residual_channels = stage.residual
         self.operations = operations

@@ -3,7 +3,9 @@
 import dataclasses
 import difflib
 from collections.abc import Iterable
+from typing import NamedTuple
 
+OUTPUT_STRIDES = (32, 16, 8)
 POOLS = ("avg", "max", "avgmax", "catavgmax", "")
 ACTIVATIONS = ("relu", "silu")
 
@@ -13,12 +15,26 @@ def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+class FeatureInfo(NamedTuple):
+    """What `forward_intermediates` gives at an index, as timm's `feature_info` tells it."""
+
+    index: int
+    channels: int
+    reduction: int
+    """Pixels of the image from one feature to the next."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """The sizes of one stage (a row of the paper's Table 1), derived from a `DPNConfig`."""
+    """The sizes of one stage (a row of the paper's Table 1), derived from a `DPNConfig`.
+
+    The first block has `stride` and `entry_dilation` (of its 3x3 convolution), the others have stride 1 and `dilation`.
+    """
 
     depth: int
     stride: int
+    entry_dilation: int
+    dilation: int
     in_channels: int
     bottleneck: int
     residual: int
@@ -56,6 +72,9 @@ class DPNConfig:
       in_channels: channels of the images.
       global_pool: 'avg', 'max', 'avgmax' (their mean), 'catavgmax' (both, concatenated) or '' (none: a map of logits).
       drop_rate: dropout before the classifier, in [0, 1).
+      output_stride: 32, or 16 or 8 for finer features: from that reduction on, stages keep the resolution and dilate
+        their 3x3 convolutions instead, which read what they read before, with the same weights. The features of the
+        stride-32 network are among them, at every second (or fourth) place.
       test_time_pool: 0, or the window of timm's test-time pooling (7 for 224-pixel training): average over the window
         at stride 1, classify every place, then the mean of the average and the maximum. The paper's mean-max pooling.
 
@@ -78,6 +97,7 @@ class DPNConfig:
     in_channels: int = 3
     global_pool: str = "avg"
     drop_rate: float = 0.0
+    output_stride: int = 32
     test_time_pool: int = 0
 
     def __post_init__(self) -> None:
@@ -112,6 +132,8 @@ class DPNConfig:
             raise ValueError(f"global_pool must be one of {POOLS}, got {self.global_pool!r}")
         if not 0 <= self.drop_rate < 1:
             raise ValueError(f"drop_rate must be in [0, 1), got {self.drop_rate!r}")
+        if not is_int(self.output_stride) or self.output_stride not in OUTPUT_STRIDES:
+            raise ValueError(f"output_stride must be one of {OUTPUT_STRIDES}, got {self.output_stride!r}")
         if self.test_time_pool and self.global_pool == "catavgmax":
             raise ValueError("test_time_pool classifies single places and cannot feed a 'catavgmax' classifier")
 
@@ -119,10 +141,17 @@ class DPNConfig:
     def stages(self) -> tuple[StageConfig, ...]:
         """The sizes of each stage."""
         stages: list[StageConfig] = []
+        reduction, dilation = 4, 1  # of the stem and its pool
         for i, (depth, increment) in enumerate(zip(self.depths, self.dense_increments, strict=True)):
+            stride, entry_dilation = 1 if i == 0 else 2, dilation
+            if stride == 2 and reduction == self.output_stride != 32:
+                stride, dilation = 1, 2 * dilation
+            reduction *= stride
             stage = StageConfig(
                 depth=depth,
-                stride=1 if i == 0 else 2,
+                stride=stride,
+                entry_dilation=entry_dilation,
+                dilation=dilation,
                 in_channels=stages[-1].out_channels if stages else self.stem_features,
                 bottleneck=self.bottleneck_width * 2**i,
                 residual=self.residual_width * 2**i,
@@ -131,6 +160,21 @@ class DPNConfig:
             )
             stages.append(stage)
         return tuple(stages)
+
+    @property
+    def feature_info(self) -> tuple[FeatureInfo, ...]:
+        """What `DPN.forward_intermediates` gives: the stem, before its max-pool, and each stage.
+
+        Example:
+          >>> VARIANTS["dpn92"].feature_info[-1]
+          FeatureInfo(index=4, channels=2688, reduction=32)
+        """
+        info = [FeatureInfo(0, self.stem_features, 2)]
+        reduction = 4
+        for index, stage in enumerate(self.stages, start=1):
+            reduction *= stage.stride
+            info.append(FeatureInfo(index, stage.out_channels, reduction))
+        return tuple(info)
 
     @property
     def num_features(self) -> int:
@@ -232,13 +276,13 @@ def list_models() -> list[str]:
 
 
 def variant_of(config: DPNConfig) -> str | None:
-    """The variant whose body an architecture has, whatever its input, pooling and classifier; None for a custom one.
+    """The variant that an architecture is, up to input, output stride, pooling and classifier; None for a custom one.
 
     Example:
       >>> variant_of(VARIANTS["dpn92"].replace(num_classes=5, in_channels=1))
       'dpn92'
     """
-    ends = ("num_classes", "in_channels", "global_pool", "drop_rate", "test_time_pool")
+    ends = ("num_classes", "in_channels", "global_pool", "drop_rate", "output_stride", "test_time_pool")
     body = config.replace(**{name: getattr(VARIANTS["dpn92"], name) for name in ends})
     return next((name for name, variant in VARIANTS.items() if variant == body), None)
 

@@ -23,12 +23,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": nnx.relu, "s
 
 
 class Conv(nnx.Module):
-    """A 2-D convolution that pads `kernel_size // 2` on every side.
+    """A 2-D convolution that pads `dilation * (kernel_size // 2)` on every side.
 
     Args:
       in_channels, out_channels: channels read and written.
       kernel_size: side of the square kernel, odd.
       stride: step in both directions.
+      dilation: pixels from one tap of the kernel to the next.
       groups: groups of channels that do not mix.
       use_bias: adds a bias.
       operations: the functions to use.
@@ -47,6 +48,7 @@ class Conv(nnx.Module):
         *,
         kernel_size: int = 1,
         stride: int = 1,
+        dilation: int = 1,
         groups: int = 1,
         use_bias: bool = False,
         operations: Operations = PLAIN,
@@ -59,6 +61,7 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(jax.ShapeDtypeStruct((out_channels,), param_dtype)) if use_bias else None
         self.kernel_size = kernel_size
         self.stride = stride
+        self.dilation = dilation
         self.groups = groups
         self.operations = operations
         self.dtype = jnp.dtype(dtype)
@@ -68,7 +71,7 @@ class Conv(nnx.Module):
         """Maps `[B, H, W, in_channels]`, whole or in parts, to `[B, H', W', out_channels]`."""
         x = jax.tree.map(lambda part: part.astype(self.dtype), x)
         kernel = self.kernel[...].astype(self.dtype)
-        y = self.operations.convolve(x, kernel, stride=self.stride, groups=self.groups)
+        y = self.operations.convolve(x, kernel, stride=self.stride, dilation=self.dilation, groups=self.groups)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
     def set_view(self, operations: Operations | None = None) -> None:
@@ -182,7 +185,7 @@ class NormActConv(nnx.Module):
     """Norm, activation, convolution: DPN's pre-activation unit, timm's `BnActConv2d`.
 
     Args:
-      in_channels, out_channels, kernel_size, stride, groups: as for `Conv`.
+      in_channels, out_channels, kernel_size, stride, dilation, groups: as for `Conv`.
       norm: a class such as `NormAct`.
       options: `operations`, `dtype`, `param_dtype` and `rngs` of both.
     """
@@ -194,12 +197,14 @@ class NormActConv(nnx.Module):
         *,
         kernel_size: int = 1,
         stride: int = 1,
+        dilation: int = 1,
         groups: int = 1,
         norm: Callable[..., nnx.Module] = NormAct,
         **options: Any,
     ) -> None:
         self.norm = norm(in_channels, **options)
-        self.conv = Conv(in_channels, out_channels, kernel_size=kernel_size, stride=stride, groups=groups, **options)
+        sizes = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "groups": groups}
+        self.conv = Conv(in_channels, out_channels, **sizes, **options)
 
     def __call__(self, x: Features) -> jax.Array:
         """Maps `[B, H, W, in_channels]`, whole or in parts, to `[B, H', W', out_channels]`."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpn_jax.blocks import DualPath, DualPathBlock, Stem, join_paths
-from dpn_jax.config import DPNConfig
+from dpn_jax.config import DPNConfig, FeatureInfo
 from dpn_jax.layers import Conv, NormAct, check_arguments, global_pool, initialized_together, window_average
 from dpn_jax.operations import PLAIN, Operations
 from dpn_jax.pretrained import Provenance, get_config
@@ -109,7 +109,7 @@ class DPN(nnx.Module):
           images: as for `__call__`.
 
         Returns:
-          `[B, H/32, W/32, num_features]`, sizes rounded up.
+          `[B, H/32, W/32, num_features]`, sizes rounded up; with `output_stride` 16 or 8 divided by that.
         """
         x = self.operations.max_pool(self.stem(self._checked(images)))
         for stage in self.stages:
@@ -146,9 +146,9 @@ class DPN(nnx.Module):
 
         Args:
           images: as for `__call__`.
-          indices: which ones; 0 is the stem (before its max-pool, stride 2) and 1, 2, ... the stages (strides 4, 8,
-            ...). Negative ones count from the end, an integer n takes the last n, None takes all. They come in the
-            network's order.
+          indices: which ones, see `feature_info`; 0 is the stem (before its max-pool) and 1, 2, ... the stages.
+            Negative ones count from the end, an integer n takes the last n, None takes all. They come in the network's
+            order.
           norm: apply the final norm and activation to the last stage's features.
           stop_early: compute nothing after the last one wanted.
           intermediates_only: return only the list.
@@ -179,6 +179,19 @@ class DPN(nnx.Module):
             if number in wanted:
                 taken.append(join_paths(x if norm else raw))
         return taken if intermediates_only else (join_paths(x), taken)
+
+    @property
+    def feature_info(self) -> tuple[FeatureInfo, ...]:
+        """The index, the channels and the reduction of each map of `forward_intermediates`.
+
+        Example:
+          >>> model = create_model("dpn_tiny", output_stride=8, rngs=nnx.Rngs(0))
+          >>> [info.reduction for info in model.feature_info]
+          [2, 4, 8, 8, 8]
+
+        Source: `timm.models._features.FeatureInfo`.
+        """
+        return self.config.feature_info
 
     def reset_classifier(
         self, num_classes: int, global_pool: str | None = None, *, rngs: nnx.Rngs | None = None

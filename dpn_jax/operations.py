@@ -22,8 +22,8 @@ Features = TypeVar("Features", bound=jax.Array | tuple[jax.Array, ...])
 """A feature map `[B, H, W, C]`, or a tuple of parts whose channels add up to C."""
 
 
-def convolve(x: Features, kernel: jax.Array, *, stride: int = 1, groups: int = 1) -> jax.Array:
-    """A 2-D convolution that pads `kernel_size // 2` on every side.
+def convolve(x: Features, kernel: jax.Array, *, stride: int = 1, dilation: int = 1, groups: int = 1) -> jax.Array:
+    """A 2-D convolution that pads `dilation * (kernel_size // 2)` on every side.
 
     Not `"SAME"`: at stride 2 and an even size that pads one pixel fewer, and only on the far side, so that every output
     sits half a stride away from where the weights were trained.
@@ -32,6 +32,7 @@ def convolve(x: Features, kernel: jax.Array, *, stride: int = 1, groups: int = 1
       x: `[B, H, W, C]`; without groups also in parts: the sum of one convolution per part, on its slice of the kernel.
       kernel: `[k, k, C / groups, O]`.
       stride: step in both directions.
+      dilation: pixels from one tap of the kernel to the next.
       groups: groups of channels that do not mix.
 
     Returns:
@@ -39,7 +40,7 @@ def convolve(x: Features, kernel: jax.Array, *, stride: int = 1, groups: int = 1
 
     Source: `timm.layers.padding.get_padding`.
     """
-    pad = kernel.shape[0] // 2
+    pad = dilation * (kernel.shape[0] // 2)
     if (sharding := replicated_beside(x)) and jax.typeof(kernel).sharding.mesh.empty:
         kernel = jax.sharding.reshard(kernel, sharding)  # or JAX would ask how its gradient is to be sharded
     sums = (
@@ -48,6 +49,7 @@ def convolve(x: Features, kernel: jax.Array, *, stride: int = 1, groups: int = 1
             slice_of_kernel,
             window_strides=(stride, stride),
             padding=((pad, pad), (pad, pad)),
+            rhs_dilation=(dilation, dilation),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=groups,
         )

@@ -27,6 +27,7 @@ def from_pretrained(
     in_channels: int | None = None,
     global_pool: str | None = None,
     drop_rate: float | None = None,
+    output_stride: int | None = None,
     test_time_pool: int | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
@@ -45,7 +46,7 @@ def from_pretrained(
       num_classes: another number than the file's gives a freshly initialized classifier; 0 gives none.
       in_channels: another number than the file's adapts the first convolution by timm's rule: 1 sums the colors, N
         repeats them and scales by 3/N.
-      global_pool, drop_rate, test_time_pool: see `DPNConfig`.
+      global_pool, drop_rate, output_stride, test_time_pool: see `DPNConfig`.
       dtype: dtype of the arithmetic.
       param_dtype: dtype of the parameters, whatever the file's is.
       remat: see `DPN`.
@@ -68,6 +69,7 @@ def from_pretrained(
         "in_channels": in_channels,
         "global_pool": global_pool,
         "drop_rate": drop_rate,
+        "output_stride": output_stride,
         "test_time_pool": test_time_pool,
     }
     config = checkpoint.config.replace(**{name: value for name, value in requested.items() if value is not None})
@@ -235,7 +237,8 @@ def _compare_changes(in_file: Mapping[str, str], in_model: Mapping[str, str]) ->
 
 def _compare_configs(in_file: DPNConfig, in_model: DPNConfig) -> list[str]:
     """What two architectures of equal names and shapes may compute differently."""
-    pairs = ((name, getattr(in_file, name), getattr(in_model, name)) for name in ("global_pool", "outer_activation"))
+    names = ("global_pool", "outer_activation", "output_stride")
+    pairs = ((name, getattr(in_file, name), getattr(in_model, name)) for name in names)
     return [
         f"config: {name} {ours!r} in the file, {theirs!r} in the model"
         for name, ours, theirs in pairs

@@ -80,7 +80,7 @@ def _entries(config: DPNConfig) -> Iterator[Entry]:
             timm, flax = f"features.conv{s + 2}_{b + 1}", f"stages.{s}.{b}"
             channels, width = stage.block_in_channels(b), stage.bottleneck
             if b == 0:
-                shortcut, out = f"{timm}.c1x1_w_s{stage.stride}", stage.residual + 2 * stage.increment
+                shortcut, out = f"{timm}.c1x1_w_s{min(s, 1) + 1}", stage.residual + 2 * stage.increment
                 yield from _norm(f"{shortcut}.bn", f"{flax}.shortcut.norm", channels)
                 yield _conv(f"{shortcut}.conv", f"{flax}.shortcut.conv", out, channels)
             yield from _norm(f"{timm}.c1x1_a.bn", f"{flax}.reduce.norm", channels)

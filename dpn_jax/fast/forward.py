@@ -116,7 +116,8 @@ class FastForward(Forward):
         x = self._keep(self.plan.operations.max_pool(x))
         for stage, blocks in zip(self.config.stages, params.stages, strict=True):
             for index, block in enumerate(blocks):
-                x = self._block(stage, block, x, stride=stage.stride if index == 0 else 1)
+                stride, dilation = (stage.stride, stage.entry_dilation) if index == 0 else (1, stage.dilation)
+                x = self._block(stage, block, x, stride=stride, dilation=dilation)
         paths = DualPath(
             *(activate(path * scale + shift) for path, (scale, shift) in zip(x, params.norms, strict=True))
         )
@@ -127,12 +128,14 @@ class FastForward(Forward):
 
         return pool_and_classify(join_paths(paths), self.config, None if params.classifier is None else classify)
 
-    def _block(self, stage: StageConfig, block: Block, x: DualPath | jax.Array, *, stride: int) -> DualPath:
+    def _block(
+        self, stage: StageConfig, block: Block, x: DualPath | jax.Array, *, stride: int, dilation: int
+    ) -> DualPath:
         paths = x if isinstance(x, DualPath) else (x,)
         residual, dense = x if block.shortcut is None else self._unit(block.shortcut, paths, stride=stride)
         (h,) = self._unit(block.reduce, paths)
         formulation = self.plan.formulation(stage.bottleneck // stage.groups)
-        h = formulation.apply(self._keep(nnx.relu(h)), block.grouped, stride=stride)
+        h = formulation.apply(self._keep(nnx.relu(h)), block.grouped, stride=stride, dilation=dilation)
         h = self._keep(nnx.relu(h + block.grouped_bias))
         added, appended = (self._pointwise(h, kernel) for kernel in block.expand)
         return self._keep(DualPath(residual + added, jnp.concatenate([dense, appended], axis=-1)))

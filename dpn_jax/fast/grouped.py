@@ -33,9 +33,9 @@ class Native:
         """The way back from `to_layout`."""
         return array
 
-    def apply(self, x: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
-        """Maps `[B, H, W, C]` to `[B, H', W', C']`."""
-        return convolve(x, kernel, stride=stride, groups=x.shape[-1] // kernel.shape[2])
+    def apply(self, x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1) -> jax.Array:
+        """Maps `[B, H, W, C]` to `[B, H', W', C']`; one of stride and dilation is 1."""
+        return convolve(x, kernel, stride=stride, dilation=dilation, groups=x.shape[-1] // kernel.shape[2])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +64,14 @@ class Merged(Native):
         kernel = kernel[:, :, None] * diagonal[:, None, None, :, None]
         return kernel.reshape(*kernel.shape[:2], merged * per_group, groups * outputs)
 
-    def apply(self, x: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
+    def apply(self, x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1) -> jax.Array:
         """See `Native.apply`."""
         width = kernel.shape[2]
         groups = x.shape[-1] // width
         if not self.sliced or groups == 1:
-            return super().apply(x, kernel, stride=stride)
+            return super().apply(x, kernel, stride=stride, dilation=dilation)
         parts = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
-        return jnp.concatenate([convolve(part, k, stride=stride) for part, k in parts], axis=-1)
+        return jnp.concatenate([convolve(part, k, stride=stride, dilation=dilation) for part, k in parts], axis=-1)
 
 
 def _merge(groups: int, channels: int, width: int) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +40,10 @@ class Lanes(Native):
         """See `Native.from_layout`."""
         return swap_axis(array, -1, groups, axis)
 
-    def apply(self, x: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
+    def apply(self, x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1) -> jax.Array:
         """See `Native.apply`."""
+        if dilation > 1:
+            return _on_each_grid(x, dilation, lambda x: _lanes(x, kernel, 1, self))
         return _lanes(x, kernel, stride, self)
 
     def forward(self, x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, jax.Array]:
@@ -140,6 +143,17 @@ def _sum_products(
 def _by_group(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`[B, H, W, C]` as `[B, H, W, C / groups, groups]`, by the groups of a kernel `[I, taps, O, groups]`."""
     return x.reshape(*x.shape[:3], -1, kernel.shape[-1])
+
+
+def _on_each_grid(x: jax.Array, dilation: int, run: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """A dilated convolution: `run`, which is not, on each grid of every so many pixels as an image of its own."""
+    batch, height, width, _ = x.shape
+    rows, columns = -(-height // dilation), -(-width // dilation)
+    x = _widen(x, rows * dilation, columns * dilation)
+    x = x.reshape(batch, rows, dilation, columns, dilation, -1).transpose(0, 2, 4, 1, 3, 5)
+    y = run(x.reshape(-1, rows, columns, x.shape[-1]))
+    y = y.reshape(batch, dilation, dilation, rows, columns, -1).transpose(0, 3, 1, 4, 2, 5)
+    return y.reshape(batch, rows * dilation, columns * dilation, -1)[:, :height, :width]
 
 
 def _widen(x: jax.Array, rows: int, columns: int) -> jax.Array:

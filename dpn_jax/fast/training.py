@@ -8,7 +8,7 @@ from flax import nnx
 
 from dpn_jax.fast.plan import Plan, plan_for
 from dpn_jax.model import DPN
-from dpn_jax.operations import Features, Operations
+from dpn_jax.operations import PLAIN, Features, Operations
 from dpn_jax.stock import require_stock
 
 
@@ -61,14 +61,18 @@ class Convolve:
 
     plan: Plan
 
-    def __call__(self, x: Features, kernel: jax.Array, *, stride: int = 1, groups: int = 1) -> jax.Array:
+    def __call__(
+        self, x: Features, kernel: jax.Array, *, stride: int = 1, dilation: int = 1, groups: int = 1
+    ) -> jax.Array:
         """See `operations.convolve`."""
         if groups == 1:
+            if dilation > 1:
+                return PLAIN.convolve(x, kernel, stride=stride, dilation=dilation)
             return self.plan.operations.convolve(x, kernel, stride=stride)
         formulation = self.plan.formulation(kernel.shape[2])
         if self.plan.training_barriers:
             x = jax.lax.optimization_barrier(x)
-        return formulation.apply(x, formulation.pack_kernel(kernel, groups), stride=stride)
+        return formulation.apply(x, formulation.pack_kernel(kernel, groups), stride=stride, dilation=dilation)
 
 
 def training_operations(plan: Plan) -> Operations:

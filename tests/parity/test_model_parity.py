@@ -170,3 +170,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[torch.nn.Mo
     path = save_timm(theirs, tmp_path_factory.mktemp("tiny") / "tiny.safetensors")
     with jax.enable_x64(True):
         yield theirs, dpn_jax.load(path, dtype="float64", param_dtype="float64")
+
+
+@pytest.mark.parametrize("name", ["dpn68b", "dpn92"])
+def test_feature_info_is_timms(name: str) -> None:
+    theirs = timm.create_model(name, features_only=True).feature_info
+    ours = dpn_jax.DPN(get_config(name), rngs=None).feature_info
+    assert [info.channels for info in ours] == theirs.channels()
+    assert [info.reduction for info in ours] == theirs.reduction()
+    assert [info.index for info in ours] == [0, 1, 2, 3, 4]
