@@ -21,7 +21,7 @@ from dpn_jax.fast.plan import Plan, compiler_options, plan_for
 from dpn_jax.layers import ACTIVATIONS
 from dpn_jax.model import DPN, pool_and_classify
 from dpn_jax.operations import PLAIN
-from dpn_jax.stock import refuse_bound_methods, require_stock
+from dpn_jax.stock import require_stock, split_in_eval_mode
 
 
 def fast_forward(model: DPN, *, backend: str | None = None, donate: bool = False) -> "FastForward":
@@ -85,10 +85,7 @@ class PlainForward(Forward):
     """
 
     def __init__(self, model: nnx.Module) -> None:
-        refuse_bound_methods(model)
-        model = nnx.merge(*nnx.split(model))  # the same arrays in another object, whose mode is its own
-        model.eval()
-        self.structure, params = nnx.split(model)
+        self.structure, params = split_in_eval_mode(model)
         super().__init__(params)
 
     def apply(self, params: nnx.State, images: jax.Array) -> jax.Array:

@@ -95,6 +95,29 @@ class Transform:
         pixels = np.array(image.crop((left, top, left + settings.width, top + settings.height)))
         return pixels.reshape(*pixels.shape[:2], -1)
 
+    def region(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Which part of an image `crop` shows.
+
+        Args:
+          width, height: of the image, as it is shown: after its EXIF orientation, if that is applied.
+
+        Returns:
+          Left, top, right and bottom in pixels of the image, from its upper left corner; beyond its sides where
+          `crop_mode` is 'border'.
+
+        Example:
+          >>> Transform(Preprocessing(image_size=100, crop_fraction=0.5)).region(400, 300)
+          (125.0, 75.0, 275.0, 225.0)
+        """
+        settings, resized = self.preprocessing, self._resized(width, height)
+        edges = []
+        for side, new, wanted in zip((width, height), resized, (settings.width, settings.height), strict=True):
+            canvas = max(new, wanted)
+            start = round((canvas - wanted) / 2) - (canvas - new) // 2
+            edges.append((start * side / new, (start + wanted) * side / new))
+        (left, right), (top, bottom) = edges
+        return left, top, right, bottom
+
     @property
     def _target(self) -> tuple[int, int]:
         """Width and height of the crop before it was cropped."""
