@@ -1,6 +1,7 @@
 """Dual Path Networks in JAX and Flax NNX, from the weights that timm publishes."""
 
 import dpn_jax.cli.early  # noqa: F401  before all that takes time: Ctrl-C during the imports
+from dpn_jax import explain as explain
 from dpn_jax.checkpoint.load import from_pretrained as from_pretrained
 from dpn_jax.checkpoint.load import load as load
 from dpn_jax.checkpoint.save import save as save

@@ -168,6 +168,10 @@ class DPNConfig:
         Example:
           >>> VARIANTS["dpn92"].feature_info[-1]
           FeatureInfo(index=4, channels=2688, reduction=32)
+          >>> [info.reduction for info in VARIANTS["dpn92"].replace(output_stride=8).feature_info]
+          [2, 4, 8, 8, 8]
+
+        Source: `timm.models._features.FeatureInfo`.
         """
         info = [FeatureInfo(0, self.stem_features, 2)]
         reduction = 4

@@ -1,7 +1,6 @@
 """The building blocks: convolution, norm with activation, pooling. Everything is `[B, H, W, C]`.
 
-The functions that they use are `operations`, plain `jax.lax` by default; see `dpn_jax.operations`, also for what a map
-*in parts* is.
+The functions that they use are `operations`, plain `jax.lax` by default; see there also for what a map *in parts* is.
 """
 
 import contextlib
@@ -28,15 +27,14 @@ class Conv(nnx.Module):
     Args:
       in_channels, out_channels: channels read and written.
       kernel_size: side of the square kernel, odd.
-      stride: step in both directions.
-      dilation: pixels from one tap of the kernel to the next.
+      stride, dilation: pixels from one output to the next, and from one tap of the kernel to the next.
       groups: groups of channels that do not mix.
       use_bias: adds a bias.
       operations: the functions to use.
       dtype: dtype of the arithmetic and the result.
       param_dtype: dtype of the parameters.
-      rngs: source of the initial values, `U(-1/sqrt(fan_in), 1/sqrt(fan_in))` for kernel and bias as in torch. None
-        leaves the parameters abstract (`jax.ShapeDtypeStruct`), to be filled in on loading.
+      rngs: source of the initial values, `U(-1/sqrt(fan_in), 1/sqrt(fan_in))` as in torch; None leaves
+        the parameters abstract (`jax.ShapeDtypeStruct`), to be filled in on loading.
 
     Source: `torch.nn.Conv2d.reset_parameters`.
     """
@@ -203,8 +201,8 @@ class NormActConv(nnx.Module):
         **options: Any,
     ) -> None:
         self.norm = norm(in_channels, **options)
-        sizes = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "groups": groups}
-        self.conv = Conv(in_channels, out_channels, **sizes, **options)
+        options |= {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "groups": groups}
+        self.conv = Conv(in_channels, out_channels, **options)
 
     def __call__(self, x: Features) -> jax.Array:
         """Maps `[B, H, W, in_channels]`, whole or in parts, to `[B, H', W', out_channels]`."""

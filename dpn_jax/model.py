@@ -182,15 +182,7 @@ class DPN(nnx.Module):
 
     @property
     def feature_info(self) -> tuple[FeatureInfo, ...]:
-        """The index, the channels and the reduction of each map of `forward_intermediates`.
-
-        Example:
-          >>> model = create_model("dpn_tiny", output_stride=8, rngs=nnx.Rngs(0))
-          >>> [info.reduction for info in model.feature_info]
-          [2, 4, 8, 8, 8]
-
-        Source: `timm.models._features.FeatureInfo`.
-        """
+        """The index, the channels and the reduction of each map of `forward_intermediates`."""
         return self.config.feature_info
 
     def reset_classifier(

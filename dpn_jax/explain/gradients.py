@@ -34,6 +34,8 @@ def saliency(
 ) -> jax.Array:
     """How strongly each pixel moves the logit: the largest gradient of its channels, without its sign.
 
+    Without a sign it shows much of the image itself: look at the map of a `randomized` network beside it.
+
     Args:
       model: any module from images to logits.
       images: `[B, H, W, C]`, normalized floats.
@@ -96,7 +98,8 @@ def integrated_gradients(
       model, images, classes: as for `saliency`.
       baseline: what an image without content is, broadcast to `images`. The default 0 is, after normalization, the mean
         color, not black: that is `(0 - mean) / std` of the model's preprocessing.
-      steps: gradients for each image, at the nodes of Gauss and Legendre.
+      steps: gradients for each image, at the nodes of Gauss and Legendre. Each ReLU is a kink on the way: 50 are within
+        some percent, a few hundred within one.
 
     Returns:
       The attributions and how complete they are: with too few steps the error is large.

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 from flax import nnx
 
 from dpn_jax.explain.forward import Classes, chosen, logits_of, subject
@@ -190,7 +189,9 @@ def rank_correlation(a: jax.Array | np.ndarray, b: jax.Array | np.ndarray) -> np
     a, b = (np.asarray(maps, np.float64) for maps in (a, b))
     if a.shape != b.shape or a.ndim != 3:
         raise ValueError(f"a and b must be maps [B, H, W] of the same images, got {list(a.shape)} and {list(b.shape)}")
-    ranks = (scipy.stats.rankdata(maps.reshape(len(maps), -1), axis=1) for maps in (a, b))
+    from scipy import stats  # takes half a second
+
+    ranks = (stats.rankdata(maps.reshape(len(maps), -1), axis=1) for maps in (a, b))
     a, b = (rank - rank.mean(axis=1, keepdims=True) for rank in ranks)
     with np.errstate(invalid="ignore"):
         return (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))

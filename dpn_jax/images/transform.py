@@ -106,8 +106,8 @@ class Transform:
           `crop_mode` is 'border'.
 
         Example:
-          >>> Transform(Preprocessing(image_size=100, crop_fraction=0.5)).region(400, 300)
-          (125.0, 75.0, 275.0, 225.0)
+          >>> Transform(Preprocessing(image_size=100, crop_fraction=0.5)).region(400, 400)
+          (100.0, 100.0, 300.0, 300.0)
         """
         settings, resized = self.preprocessing, self._resized(width, height)
         edges = []
