@@ -54,6 +54,8 @@ def create_timm_model(config: DPNConfig) -> "torch.nn.Module":
       ValueError: timm's `DPN` cannot express it.
     """
     timm = import_timm()
+    if config.output_stride != 32:
+        raise ValueError(f"timm's DPN has an output stride of 32 only, got output_stride={config.output_stride}")
     head = {"num_classes": config.num_classes, "in_chans": config.in_channels, "global_pool": config.global_pool}
     variant = variant_of(config)
     if variant and timm.is_model(variant):

@@ -79,3 +79,5 @@ def test_a_missing_checkpoint_is_one_line(capfd: pytest.CaptureFixture[str]) -> 
 def test_timm_cannot_express_every_config() -> None:
     with pytest.raises(ValueError, match="64 residual channels"):
         create_timm_model(TINY.replace(residual_width=16))
+    with pytest.raises(ValueError, match="output stride of 32 only, got output_stride=8"):
+        create_timm_model(TINY.replace(output_stride=8))

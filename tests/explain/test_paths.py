@@ -110,7 +110,7 @@ def test_gradients_are_those_of_the_loss(model: dpn_jax.DPN) -> None:
         ({"older_than": 2, "stages": [0]}, lambda stage, ages: (ages > 2) & (stage == 0)),
         ({"path": "dense", "stages": [1]}, lambda stage, ages: (ages > 0) & (stage == 1)),
     ],
-    ids=str,
+    ids=["dense", "residual", "older than 1", "older than 2 of stage 0", "dense of stage 1"],
 )
 def test_ablation_hides_features_from_whoever_reads_them(
     model: dpn_jax.DPN, options: dict[str, Any], gone: Callable[[int, np.ndarray], np.ndarray], fill: str
