@@ -46,7 +46,7 @@ def subject(model: nnx.Module, images: jax.Array | np.ndarray, classes: Classes 
     elif images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images must be normalized floats [B, H, W, C], got {images.dtype} {list(images.shape)}")
     structure, state = split_in_eval_mode(model)
-    logits = jax.eval_shape(lambda state, images: nnx.merge(structure, state)(images), state, images)
+    logits = logits_of.eval_shape(structure, state, images)  # traced once for each shape
     if logits.ndim != 2:
         raise ValueError(f"model must give one row of logits for each image, got {list(logits.shape)} (global_pool='')")
     return Subject(structure, state, images, _checked_classes(classes, *logits.shape))
