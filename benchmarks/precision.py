@@ -69,12 +69,12 @@ def main(options: Options) -> None:
         options.json.write_text(json.dumps(report, indent=2))
 
 
-def rounded(x: jax.Array, kernel: jax.Array, *, stride: int = 1, groups: int = 1) -> jax.Array:
+def rounded(x: jax.Array, kernel: jax.Array, **options: int) -> jax.Array:
     """A convolution whose factors are rounded to bfloat16 and whose sums are float32."""
     if not isinstance(x, jax.Array):
         x = dpn_jax.blocks.join_paths(x)
     x, kernel = (value.astype(jnp.bfloat16).astype(jnp.float32) for value in (x, kernel))
-    return PLAIN.convolve(x, kernel, stride=stride, groups=groups)
+    return PLAIN.convolve(x, kernel, **options)
 
 
 ROUNDED = dataclasses.replace(PLAIN, convolve=rounded)

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -71,8 +72,7 @@ def crops(
             while pending:
                 yield from first()
         except BrokenProcessPool as error:
-            codes = [process.exitcode for process in _processes(pool) if process.exitcode]
-            raise DataError(death(codes[0] if codes else None)) from error
+            raise DataError(death(_exit_code(_processes(pool)))) from error
 
 
 @contextlib.contextmanager
@@ -91,6 +91,17 @@ def _pool(workers: int) -> Iterator[concurrent.futures.Executor]:
 
 def _processes(pool: concurrent.futures.Executor) -> list[multiprocessing.Process]:
     return list((getattr(pool, "_processes", None) or {}).values())
+
+
+def _exit_code(processes: list[multiprocessing.Process]) -> int | None:
+    """That of the process which died first; the pool then ends the others with SIGTERM, and takes a while to know."""
+    end = time.monotonic() + 5
+    while True:
+        codes = [process.exitcode for process in processes]
+        died = [code for code in codes if code and code != -signal.SIGTERM]
+        if died or None not in codes or time.monotonic() > end:
+            return next(iter([*died, *filter(None, codes)]), None)
+        time.sleep(0.01)
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
