@@ -90,8 +90,8 @@ def main(options: Options) -> None:
         kind: rates[f"end to end, {kind}"] * (1 / rates[f"decoding, {kind}"] + 1 / rates["model"])
         for kind in ("threads", "processes")
     }
-    for what in ("of the slower", "of the most"):
-        by = {"of the slower": "the slower of the two", "of the most": "the most that one machine's cores allow"}[what]
+    bars = {"of the slower": "the slower of the two", "of the most": "the most that one machine's cores allow"}
+    for what, by in bars.items():
         print("end to end by {}: {threads:.2f} with threads, {processes:.2f} with processes".format(by, **report[what]))
     if options.torch:
         report["by torch"] = rates["decoding, processes"] / rates["torch's DataLoader"]

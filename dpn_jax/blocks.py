@@ -105,7 +105,7 @@ class DualPathBlock(nnx.Module):
         **options: Any,
     ) -> None:
         channels, width, out = stage.block_in_channels(index), stage.bottleneck, stage.residual + 2 * stage.increment
-        stride, dilation = (stage.stride, stage.entry_dilation) if index == 0 else (1, stage.dilation)
+        stride, dilation = stage.block_steps(index)
         options = {"norm": norm, "operations": operations, "rngs": rngs, **options}
         with initialized_together(self, rngs):
             self.shortcut = NormActConv(channels, out, stride=stride, **options) if index == 0 else None

@@ -28,11 +28,12 @@ class FeatureInfo(NamedTuple):
 class StageConfig:
     """The sizes of one stage (a row of the paper's Table 1), derived from a `DPNConfig`.
 
-    The first block has `stride` and `entry_dilation` (of its 3x3 convolution), the others have stride 1 and `dilation`.
+    `reduction` is that of its outputs. `stride` and `entry_dilation` are the first block's, see `block_steps`.
     """
 
     depth: int
     stride: int
+    reduction: int
     entry_dilation: int
     dilation: int
     in_channels: int
@@ -40,6 +41,10 @@ class StageConfig:
     residual: int
     increment: int
     groups: int
+
+    def block_steps(self, block: int) -> tuple[int, int]:
+        """Stride and dilation of the 3x3 convolution of block number `block` (from 0)."""
+        return (self.stride, self.entry_dilation) if block == 0 else (1, self.dilation)
 
     def block_in_channels(self, block: int) -> int:
         """Channels, residual and dense together, that block number `block` (from 0) reads."""
@@ -150,6 +155,7 @@ class DPNConfig:
             stage = StageConfig(
                 depth=depth,
                 stride=stride,
+                reduction=reduction,
                 entry_dilation=entry_dilation,
                 dilation=dilation,
                 in_channels=stages[-1].out_channels if stages else self.stem_features,
@@ -173,12 +179,8 @@ class DPNConfig:
 
         Source: `timm.models._features.FeatureInfo`.
         """
-        info = [FeatureInfo(0, self.stem_features, 2)]
-        reduction = 4
-        for index, stage in enumerate(self.stages, start=1):
-            reduction *= stage.stride
-            info.append(FeatureInfo(index, stage.out_channels, reduction))
-        return tuple(info)
+        stages = (FeatureInfo(i, stage.out_channels, stage.reduction) for i, stage in enumerate(self.stages, start=1))
+        return (FeatureInfo(0, self.stem_features, 2), *stages)
 
     @property
     def num_features(self) -> int:

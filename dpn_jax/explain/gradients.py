@@ -241,10 +241,10 @@ def _at_features(
 
         def see(features: jax.Array) -> jax.Array:
             seen.append(features if added is None else jax.tree.map(jnp.add, features, added))
-            return seen[0]
+            return seen[-1]
 
         tap_features(model, index, see)
-        return of_class(model(images), classes).sum(), seen[0]
+        return of_class(model(images), classes).sum(), seen[-1]
 
     _, shapes = jax.eval_shape(lambda: run(None))
     nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)

@@ -113,7 +113,7 @@ class FastForward(Forward):
         x = self._keep(self.plan.operations.max_pool(x))
         for stage, blocks in zip(self.config.stages, params.stages, strict=True):
             for index, block in enumerate(blocks):
-                stride, dilation = (stage.stride, stage.entry_dilation) if index == 0 else (1, stage.dilation)
+                stride, dilation = stage.block_steps(index)
                 x = self._block(stage, block, x, stride=stride, dilation=dilation)
         paths = DualPath(
             *(activate(path * scale + shift) for path, (scale, shift) in zip(x, params.norms, strict=True))
