@@ -49,7 +49,8 @@ def path_shares(model: DPN, images: jax.Array | np.ndarray, classes: Classes = N
     """How much each block takes from the residual and from the dense path.
 
     Args:
-      model: a `DPN` whose blocks have a `reduce`, a norm and a 1x1 convolution, as `DualPathBlock` has.
+      model: a `DPN` whose blocks hand what they read to their `reduce`, a norm and a 1x1 convolution, as
+        `DualPathBlock` does.
       images: `[B, H, W, C]`, normalized floats; a few dozen give steady figures.
       classes: the labels of the loss, a cross-entropy; None are the classes with the largest logits.
 

@@ -1,12 +1,17 @@
 """Worker processes that never use an accelerator, end with their parent and report their death; Grain's prefetching."""
 
+import contextlib
+import dataclasses
+import functools
 import multiprocessing
 import os
 import pickle
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from dpn_jax.errors import DataError
@@ -34,24 +39,55 @@ def prefetched(source: Sequence[Any], workers: int, *, start: int = 0) -> Iterat
     if not flags.FLAGS.is_parsed():  # Grain 0.2.18 reads a flag that nobody parsed: google/grain issue 1355
         flags.FLAGS.mark_as_parsed()
     threads = 0 if workers else min(_THREADS, os.cpu_count() or 1)
-    data = grain.MapDataset.source(source).slice(slice(start, None))
-    if workers:
-        data = data.map(pickle.dumps)  # Grain sends arrays in shared memory, which an interrupted run would leak
-    data = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
-    if workers:
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        data = data.mp_prefetch(options, worker_init_fn=_start_worker)
-    iterator = iter(data)
-    try:
-        for item in iterator:
-            yield pickle.loads(item) if workers else item
-    except RuntimeError as error:
-        if "terminated unexpectedly" not in str(error):
-            raise
-        code = str(error).partition("exit code ")[2].split(".")[0]
-        raise DataError(death(code)) from error
-    finally:
-        iterator.close()
+    with contextlib.ExitStack() as until_closed:
+        if workers:
+            source = until_closed.enter_context(_in_a_file(source))
+        data = grain.MapDataset.source(source).slice(slice(start, None))
+        if workers:
+            data = data.map(pickle.dumps)  # Grain sends arrays in shared memory, which an interrupted run would leak
+        data = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+        if workers:
+            options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+            data = data.mp_prefetch(options, worker_init_fn=_start_worker)
+        iterator = iter(data)
+        until_closed.callback(iterator.close)
+        try:
+            for item in iterator:
+                yield pickle.loads(item) if workers else item
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            code = str(error).partition("exit code ")[2].split(".")[0]
+            raise DataError(death(code)) from error
+
+
+@dataclasses.dataclass
+class _FileSource(Sequence[Any]):
+    """A source that each process reads from a file when it needs the first item."""
+
+    path: str
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        return self._source[index]
+
+    @functools.cached_property
+    def _source(self) -> Sequence[Any]:
+        return pickle.loads(Path(self.path).read_bytes())
+
+
+@contextlib.contextmanager
+def _in_a_file(source: Sequence[Any]) -> Iterator[_FileSource]:
+    """The source, not in the pipe to a worker: what does not fit into one waits forever if the worker dies starting."""
+    import cloudpickle  # what Grain uses: a notebook's classes travel too
+
+    with tempfile.NamedTemporaryFile(suffix=".pickle") as file:
+        file.write(cloudpickle.dumps(source))
+        file.flush()
+        yield _FileSource(file.name, len(source))
 
 
 def _start_worker(index: int, count: int) -> None:

@@ -622,7 +622,8 @@ def test_workers_end_with_a_killed_run_and_quietly_with_a_finished_one(root: Pat
 @pytest.mark.slow
 def test_a_script_without_a_main_guard_gets_a_clear_error(root: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT + "main()\n")
+    many = "[*zip(folder.files, folder.labels)] * 10_000"  # more than a pipe holds: its writer would wait forever
+    script.write_text(SCRIPT.replace("folder, Finetune", f"{many}, Finetune") + "main()\n")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(script), str(root), "0"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
