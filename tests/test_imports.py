@@ -43,6 +43,7 @@ ORDER = [
     "images",
     "fast",
     "inference",
+    "evaluation",
     "explain",
     "finetune",
     "cli",

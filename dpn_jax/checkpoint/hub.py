@@ -89,6 +89,25 @@ def locate(source: str | Path, *, revision: str | None = None) -> Located:
         raise
 
 
+def hub_id(source: str | None) -> str | None:
+    """The repository that weights come from, if their source is on the hub; None of a file, or of this package.
+
+    Args:
+      source: of a `Provenance`.
+
+    Example:
+      >>> hub_id("dpn92.mx_in1k"), hub_id("you/your-dpn@" + 40 * "0"), hub_id("photos/model.safetensors")
+      ('timm/dpn92.mx_in1k', 'you/your-dpn', None)
+    """
+    if source is None:
+        return None
+    name, _, commit = source.partition("@")
+    tag = PRETRAINED.get(name.removeprefix("timm/"))
+    if tag is not None:
+        return None if tag.packaged else f"timm/{name.removeprefix('timm/')}"
+    return name if _REPOSITORY.fullmatch(name) and re.fullmatch(r"[0-9a-f]{40}", commit) else None
+
+
 def promised_sha256(path: Path) -> str | None:
     """What the hub promised for a file in its client's cache: the SHA-256 of a large file, None for a small one."""
     # .../snapshots/<commit>/<file> -> ../../blobs/<SHA-256>, which may itself link to a store under another hash

@@ -17,7 +17,7 @@ from dpn_jax.images.packed import PackedImages, is_packed
 from dpn_jax.images.read import ImageSource
 from dpn_jax.images.sources import are_crops
 from dpn_jax.images.transform import Transform
-from dpn_jax.inference.classifier import Prediction
+from dpn_jax.inference.prediction import Prediction
 from dpn_jax.multihost import is_first, require_same, together
 from dpn_jax.paths import kind, readable_path
 

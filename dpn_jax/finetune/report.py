@@ -1,13 +1,19 @@
 """What a run reports: `metrics.jsonl`, TensorBoard's events, plotted curves."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from dpn_jax.finetune.metrics import Row
+from dpn_jax.checkpoint.card import CardFacts
+from dpn_jax.checkpoint.hub import hub_id
+from dpn_jax.config import VARIANTS
+from dpn_jax.errors import RunError
+from dpn_jax.finetune.metrics import Row, quality
+from dpn_jax.finetune.record import config_from_json, read_record
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
@@ -125,6 +131,53 @@ def plot_curves(rows: Iterable[Row], path: Path) -> None:
         if axes.lines:
             axes.legend()
     figure.savefig(path, dpi=110)
+
+
+def run_facts(run: Path) -> CardFacts | None:
+    """What a finished run knows for the card of its model; None of what is no run.
+
+    Nothing of this machine is told: neither folders nor file names.
+
+    Args:
+      run: the folder.
+    """
+    try:
+        fields = read_record(run)
+        config = config_from_json(fields["config"])
+        rows = [row for row in read_metrics(run / METRICS) if row["split"] == "val"]
+    except (RunError, OSError, KeyError, TypeError, ValueError):
+        return None
+    source = fields["source"]
+    start = hub_id(source) or ("random weights" if source in VARIANTS else "other weights")
+    chosen = {name: value for name, value in dataclasses.asdict(config).items() if name in _TOLD}
+    options = ", ".join(f"{name} {value}" for name, value in chosen.items())
+    best = max(rows, key=quality, default=None)
+    metrics = {}
+    if best is not None:
+        metrics["top1"] = 100 * best["accuracy"]
+        metrics |= {"top5": 100 * best["accuracy5"]} if "accuracy5" in best else {}
+    return CardFacts(
+        procedure=f"`dpn-jax finetune` from {start}: {options}.",
+        evaluated_on="validation images, by which the epoch was chosen" if best else None,
+        metrics=metrics or None,
+    )
+
+
+_TOLD = (
+    "epochs",
+    "batch_size",
+    "optimizer",
+    "learning_rate",
+    "weight_decay",
+    "layer_decay",
+    "label_smoothing",
+    "mixup",
+    "cutmix",
+    "freeze",
+    "norms",
+    "image_size",
+    "seed",
+)
 
 
 def _line(row: Row) -> str:

@@ -1,14 +1,16 @@
 """From photos to labels: a model, its preprocessing and its class names, compiled for a few batch sizes."""
 
+import base64
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 import jax
 import numpy as np
 
 from dpn_jax.checkpoint.load import from_pretrained
+from dpn_jax.config import DPNConfig
 from dpn_jax.errors import ImageError
 from dpn_jax.fast.forward import PlainForward, fast_forward
 from dpn_jax.images.labels import named_classes
@@ -16,24 +18,12 @@ from dpn_jax.images.read import ImageSource
 from dpn_jax.images.transform import Transform
 from dpn_jax.inference.export import Artifact, read_artifact
 from dpn_jax.inference.pipeline import Pipeline
+from dpn_jax.inference.prediction import Prediction, most_probable
 from dpn_jax.inference.program import Devices, Program, find_devices
 from dpn_jax.inference.throughput import Throughput
 from dpn_jax.model import DPN
 from dpn_jax.multihost import merged
 from dpn_jax.pretrained import default_preprocessing
-
-
-class Prediction(NamedTuple):
-    """A class and its probability."""
-
-    label: str
-    """Name of the class; for ImageNet-1k its WordNet lemmas."""
-    probability: float
-    """In [0, 1], from a softmax over all classes."""
-    index: int
-    """Index of the class, from 0."""
-    synset: str | None = None
-    """WordNet id of the class ('n02123045'), for ImageNet-1k."""
 
 
 class Classifier:
@@ -50,6 +40,11 @@ class Classifier:
       workers: processes that read and prepare images; defaults to 0, a thread for each CPU core.
       fast: run the backend's fast form; False runs the model as it is, which any changed model needs.
       donate: give the model's arrays away, see `fast_forward`.
+
+    Attributes:
+      labels: name of each class.
+      synsets: WordNet id of each class, for ImageNet-1k; None elsewhere.
+      config: the model's architecture; None for an exported one, which does not tell.
 
     Raises:
       ValueError: the model has no classifier, its number of channels is not the transform's, the number of labels is
@@ -87,18 +82,13 @@ class Classifier:
                 f"the model reads {config.in_channels} channels, but the preprocessing gives {len(settings.mean)}"
             )
         chosen = find_devices(devices)
-        if labels is None:
-            labels = provenance.class_names
-        self.labels, self.synsets = named_classes(labels, config.num_classes)
+        names = provenance.class_names if labels is None else labels
+        self.labels, self.synsets = named_classes(names, config.num_classes)
         forward = fast_forward(model, backend=chosen[0].platform, donate=donate) if fast else PlainForward(model)
-        program = Program(
-            forward.apply,
-            forward.params,
-            settings,
-            chosen,
-            compiler_options=forward.compiler_options,
-        )
+        options = forward.compiler_options
+        program = Program(forward.apply, forward.params, settings, chosen, compiler_options=options)
         forward.params = program.params  # which `forward.apply` keeps alive
+        self.config: DPNConfig | None = config
         self._pipeline = Pipeline(program, transform, batch_size, workers)
 
     @classmethod
@@ -175,11 +165,11 @@ class Classifier:
             raw=images.dtype == np.uint8,
             rows_each=fixed,
         )
-        if fixed:
-            batch_size = program.rows(1)
+        batch_size = program.rows(1) if fixed else batch_size
         names = (artifact.class_names, artifact.synsets) if labels is None else named_classes(labels, logits.shape[1])
         classifier = cls.__new__(cls)
         classifier.labels, classifier.synsets = names
+        classifier.config = None
         classifier._pipeline = Pipeline(program, transform, batch_size, workers)
         return classifier
 
@@ -232,8 +222,23 @@ class Classifier:
           ValueError: `top_k` is below 1 or above the number of classes.
           DataError: a worker process died.
         """
-        rows = self._pipeline.stream(images, prepared=prepared, total=total)
-        return self._predictions(rows, self._checked(top_k))
+        return self._predictions(self.stream_logits(images, prepared=prepared, total=total), self._checked(top_k))
+
+    def stream_logits(
+        self, images: Iterable[ImageSource], *, prepared: bool = False, total: int | None = None
+    ) -> Iterator[np.ndarray | ImageError]:
+        """Computes the logits of any number of images as they come, as `stream` does.
+
+        Args:
+          images, prepared, total: as for `stream`.
+
+        Yields:
+          For each image, in order, its logits, float32 `[num_classes]`, or the error if it cannot be read.
+
+        Raises:
+          DataError: a worker process died.
+        """
+        return self._pipeline.stream(images, prepared=prepared, total=total)
 
     @property
     def transform(self) -> Transform:
@@ -273,19 +278,31 @@ class Classifier:
           RunError: another process failed; the message names it and says why.
           ValueError, DataError: as `stream`.
         """
-        top_k = self._checked(top_k)
+        return self._predictions(self.stream_logits_in_processes(images, prepared=prepared), self._checked(top_k))
 
-        def work(indices: Iterator[int]) -> Iterator[str | list[tuple[int, float]]]:
+    def stream_logits_in_processes(
+        self, images: Sequence[ImageSource], *, prepared: bool = False
+    ) -> Iterator[np.ndarray | ImageError]:
+        """Computes the logits of a list of images in all processes, as `stream_in_processes` does.
+
+        Args:
+          images, prepared: as for `stream_in_processes`.
+
+        Yields:
+          In every process, for each image of the whole list, in order, what `stream_logits` yields.
+
+        Raises:
+          RunError, DataError: as `stream_in_processes`.
+        """
+
+        def work(indices: Iterator[int]) -> Iterator[str | list[str]]:
             mine = (images[index] for index in indices)
-            for result in self.stream(mine, top_k=top_k, prepared=prepared, total=len(images)):
-                if isinstance(result, ImageError):
-                    yield str(result)
-                else:
-                    yield [(prediction.index, prediction.probability) for prediction in result]
+            for row in self.stream_logits(mine, prepared=prepared, total=len(images)):
+                yield str(row) if isinstance(row, ImageError) else [base64.b64encode(row.tobytes()).decode()]
 
         return (
-            ImageError(result) if isinstance(result, str) else [self._named(*prediction) for prediction in result]
-            for result in merged(work, len(images), unit=self.batch_size)
+            ImageError(row) if isinstance(row, str) else np.frombuffer(base64.b64decode(row[0]), np.float32)
+            for row in merged(work, len(images), unit=self.batch_size)
         )
 
     def logits(self, images: np.ndarray) -> np.ndarray:
@@ -301,30 +318,13 @@ class Classifier:
 
     def _checked(self, top_k: int | None) -> int:
         most = len(self.labels)
-        if top_k is None:
-            return min(5, most)
-        if not 1 <= top_k <= most:
+        if top_k is not None and not 1 <= top_k <= most:
             raise ValueError(f"top_k must be 1 to {most}, got {top_k}")
-        return top_k
+        return min(5, most) if top_k is None else top_k
 
     def _predictions(
         self, rows: Iterator[np.ndarray | ImageError], top_k: int
     ) -> Iterator[list[Prediction] | ImageError]:
         with contextlib.closing(rows):
             for row in rows:
-                yield row if isinstance(row, ImageError) else self._best(row, top_k)
-
-    def _best(self, logits: np.ndarray, top_k: int) -> list[Prediction]:
-        # softmax on the host: on the device it would queue behind the next batch
-        probabilities = _softmax(logits)
-        order = np.argsort(-probabilities, kind="stable")[:top_k]  # ties go to the lower index, as in torch.topk on CPU
-        return [self._named(int(index), float(probabilities[index])) for index in order]
-
-    def _named(self, index: int, probability: float) -> Prediction:
-        return Prediction(self.labels[index], probability, index, self.synsets[index])
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):  # infinite logits, from weights taken with allow_nonfinite
-        exponentials = np.exp(logits - logits.max())
-        return exponentials / exponentials.sum()
+                yield row if isinstance(row, ImageError) else most_probable(row, top_k, self.labels, self.synsets)

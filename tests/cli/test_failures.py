@@ -24,7 +24,7 @@ from dpn_jax.cli.models import Models
 from dpn_jax.cli.options import find_devices
 from dpn_jax.cli.output import note, print_rows, progress
 from dpn_jax.cli.words import COMMANDS, TIMM_OPTIONS
-from dpn_jax.inference.classifier import Prediction
+from dpn_jax.inference.prediction import Prediction
 from tests.support.models import TINY
 
 COMMAND = [sys.executable, "-m", "dpn_jax"]

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from dpn_jax.errors import DataError, ImageError
+from dpn_jax.evaluation.classes import labeled_images
 from dpn_jax.images.folders import class_folders, image_files
 from dpn_jax.images.splits import image_folder, image_folders
-from dpn_jax.inference.evaluation import labeled_images
 
 
 def touch(path: Path) -> Path:

@@ -17,7 +17,6 @@ import dpn_jax
 from dpn_jax.errors import ImageError
 from dpn_jax.fast.fold import Folded
 from dpn_jax.images.transform import Transform
-from dpn_jax.inference.evaluation import score
 from dpn_jax.inference.pipeline import Pipeline
 from dpn_jax.inference.throughput import Clock
 from tests.support.models import TINY, randomize
@@ -93,7 +92,7 @@ def test_two_classes_with_the_defaults(pictures: list[np.ndarray]) -> None:
     classifier = dpn_jax.Classifier(dpn_jax.create_model(TINY, num_classes=2, rngs=nnx.Rngs(0)))
     both = classifier(pictures[0])
     assert len(both) == 2
-    assert score([*classifier.stream(pictures[:1]), both], [0, 1]).top5 == 2
+    assert dpn_jax.evaluate(classifier, [(pictures[0], 0), (pictures[0], 1)]).top5 == (2, 2)
 
 
 def test_an_encoded_image_is_the_file(

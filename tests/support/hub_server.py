@@ -4,10 +4,13 @@
 ones with their SHA-256 and a redirect to a second origin (the hub's CDN; here the same server under its other name).
 """
 
+import base64
 import hashlib
+import json
 import socket
 import struct
 import threading
+import urllib.parse
 from collections import defaultdict
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -55,6 +58,18 @@ class Request(NamedTuple):
     """First byte wanted."""
 
 
+class Commit(NamedTuple):
+    """What a client committed."""
+
+    repository: str
+    branch: str
+    message: str
+    files: tuple[str, ...]
+    is_pull_request: bool
+    private: bool | None
+    """As the repository was created."""
+
+
 class Hub:
     """A running hub; use it as a context manager.
 
@@ -62,6 +77,8 @@ class Hub:
       endpoint: what `HF_ENDPOINT` is to be.
       requests: what was asked for, by repository.
       gated: repositories whose files are not for everybody.
+      commits: what was committed by clients.
+      uploads: the large files that were uploaded, by SHA-256.
     """
 
     def __init__(self) -> None:
@@ -70,6 +87,9 @@ class Hub:
         self._faults: dict[tuple[str, str, bool], list[Fault]] = {}
         self.requests: dict[str, list[Request]] = defaultdict(list)
         self.gated: set[str] = set()
+        self.commits: list[Commit] = []
+        self.uploads: dict[str, bytes] = {}
+        self.private: dict[str, bool | None] = {}
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
@@ -134,6 +154,65 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer()
+
+    def do_POST(self) -> None:
+        """What `huggingface_hub.HfApi.upload_folder` asks of a hub."""
+        hub, url = self.server.hub, urllib.parse.urlsplit(self.path)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Authorization") != "Bearer hf_test":
+            return self._refuse(HTTPStatus.UNAUTHORIZED, "Unauthorized")
+        if url.path == "/api/repos/create":
+            asked = json.loads(body)
+            repository = f"{asked.get('organization') or 'you'}/{asked['name']}"
+            if repository in hub.repositories:
+                return self._json({"url": f"{hub.endpoint}/{repository}"}, HTTPStatus.CONFLICT)
+            hub.add(repository, {})
+            hub.private[repository] = asked.get("private", asked.get("visibility") == "private")
+            return self._json({"url": f"{hub.endpoint}/{repository}"})
+        if url.path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if url.path.endswith(".git/info/lfs/objects/batch"):
+            objects = [
+                item | {"actions": {"upload": {"href": f"{hub.endpoint}/lfs/{item['oid']}", "header": {}}}}
+                for item in json.loads(body)["objects"]
+            ]
+            return self._json({"transfer": "basic", "objects": objects})
+        repository, _, rest = url.path.removeprefix("/api/models/").partition("/preupload/")
+        if rest:
+            files = [
+                {"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular"}
+                for file in json.loads(body)["files"]
+            ]
+            return self._json({"files": [file | {"shouldIgnore": False} for file in files]})
+        repository, _, branch = url.path.removeprefix("/api/models/").partition("/commit/")
+        header, *operations = map(json.loads, body.splitlines())
+        new: dict[str, Content] = {}
+        for operation in operations:
+            value = operation["value"]
+            large = operation["key"] == "lfsFile"
+            new[value["path"]] = hub.uploads[value["oid"]] if large else base64.b64decode(value["content"])
+        pull_request = "create_pr=1" in url.query
+        message, private = header["value"]["summary"], hub.private.get(repository)
+        hub.commits.append(Commit(repository, branch, message, tuple(sorted(new)), pull_request, private))
+        commit = "0" * 40
+        if not pull_request:
+            commit = hub.add(repository, {**(hub.files(repository, branch) or {}), **new}, branch=branch)
+        found = {"success": True, "commitOid": commit, "commitUrl": f"{hub.endpoint}/{repository}/commit/{commit}"}
+        request = {"pullRequestUrl": f"{hub.endpoint}/{repository}/discussions/1"} if pull_request else {}
+        return self._json(found | request | {"hookOutput": ""})
+
+    def do_PUT(self) -> None:
+        """The body of a large file."""
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        assert hashlib.sha256(content).hexdigest() == self.path.removeprefix("/lfs/")
+        self.server.hub.uploads[self.path.removeprefix("/lfs/")] = content
+        self._json({})
+
+    def _json(self, value: object, status: HTTPStatus = HTTPStatus.OK) -> None:
+        content = json.dumps(value).encode()
+        self.send_response(status)
+        self._end_headers({"Content-Type": "application/json", "Content-Length": str(len(content))})
+        self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
         """Quiet."""

@@ -8,12 +8,13 @@ from flax import nnx
 from PIL import Image
 
 import dpn_jax
-from dpn_jax.errors import ImageError
+from dpn_jax.errors import DataError, ImageError
+from dpn_jax.evaluation.classes import labeled_images, read_real_labels, read_valid_labels
+from dpn_jax.evaluation.evaluate import collect, evaluate
+from dpn_jax.evaluation.metrics import Evaluation
 from dpn_jax.images.labels import imagenet_labels
 from dpn_jax.images.sources import are_crops
-from dpn_jax.images.splits import list_images
-from dpn_jax.inference.classifier import Prediction
-from dpn_jax.inference.evaluation import evaluate, labeled_images, score
+from dpn_jax.images.splits import ImageFolder, list_images
 from tests.support.models import TINY
 from tests.support.packs import CROPS, packed, write_classes
 
@@ -77,15 +78,67 @@ def test_folders_without_anything(tmp_path: Path) -> None:
         labeled_images(tmp_path, classifier("ant"))
 
 
-def test_score_counts_ranks_and_failures() -> None:
-    def ranked(*order: int) -> list[Prediction]:
-        return [Prediction(str(index), 0.1, index) for index in order]
+def figures(result: Evaluation) -> tuple:
+    """What two evaluations of the same images have in common, whatever the files are called."""
+    return result.labels.tolist(), result.logits.tolist(), result.top1, result.top5
 
-    broken = ImageError("broken.png: damaged")
-    results = [ranked(0, 1, 2, 3, 4), ranked(1, 2, 3, 4, 0), broken, ranked(1, 2, 3, 4, 5), ranked(1, 2, 3, 4, 5, 0)]
-    assert score(results, [0] * 5) == (4, 1, 2, (broken,))
+
+def test_failures_and_labels_stay_with_their_images() -> None:
+    model = SimpleNamespace(labels=("ant", "bee", "cat"))
+    rows = [np.eye(3, dtype=np.float32)[k] for k in (0, 1, 2)]
+    rows.insert(1, ImageError("b.png: damaged"))
+    folder = ImageFolder(model.labels, ("a.png", "b.png", "c.png", "d.png"), (0, 1, 1, 1))
+    labels = dict(enumerate(folder.labels))
+    result = collect(rows, folder, labels, model)
+    assert result.files == ("a.png", "c.png", "d.png") and result.labels.tolist() == [0, 1, 1]
+    assert (result.top1, result.top5, len(result.failures)) == ((2, 3), (3, 3), 1)
     with pytest.raises(ValueError, match="zip"):
-        score(results, [0] * 4)
+        collect(rows[:3], folder, labels, model)
+    judged = collect(rows, folder, labels, model, answers=[{2}, {1}, {0, 1}, ()])
+    assert judged.top1 == (1, 2) and judged.confusion.tolist() == result.confusion.tolist()
+    with pytest.raises(ValueError, match="answers must be as many as the images, 4, got 1"):
+        collect(rows, folder, labels, model, answers=[{2}])
+    chosen = collect(rows, folder, labels, model, valid_labels=[0, 1])
+    assert chosen.predictions.tolist() == [0, 1, 0] and chosen.top(2) == (3, 3)
+    with pytest.raises(ValueError, match="item 2: its class, 'bee', is not among valid_labels"):
+        collect(rows, folder, labels, model, valid_labels=[0, 2])
+
+
+def test_lists_of_classes(tmp_path: Path) -> None:
+    model = classifier("ant", "bee", "cat")
+    listed = tmp_path / "classes.txt"
+    for text, expected in (("cat\n\nant\n", (0, 2)), ("1\n2", (1, 2))):
+        listed.write_text(text)
+        assert read_valid_labels(listed, model) == expected
+    listed.write_text("n02123045\nn01440764\n")
+    assert read_valid_labels(listed, classifier()) == (0, 281)
+    for text, message in (
+        ("\n", "lists no class"),
+        ("ant\nant", "lists 'ant' twice"),
+        ("ant\nfox", "1 of 2 lines are"),
+    ):
+        listed.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_valid_labels(listed, model)
+    with pytest.raises(DataError, match=r"gone.txt: cannot be read as text"):
+        read_valid_labels(tmp_path / "gone.txt", model)
+
+
+def test_answers_judged_again(tmp_path: Path) -> None:
+    real = tmp_path / "real.json"
+    real.write_text("[[0], [], [1, 2]]")
+    files = ["val/ant/ILSVRC2012_val_00000003.JPEG", "ILSVRC2012_val_00000002.JPEG"]
+    assert read_real_labels(real, files, 3) == ({1, 2}, set())
+    for text, names, message in (
+        ("[[3]]", files, "class indices, 0 to 2"),
+        ("{}", files, "must be a list"),
+        ("[[0]", files, "cannot be read as JSON"),
+        ("[[0]]", files, "must be named ILSVRC2012_val_NUMBER, NUMBER from 1 to 1"),
+        ("[[0]]", ["cat.jpg"], "cat.jpg: must be named"),
+    ):
+        real.write_text(text)
+        with pytest.raises(DataError, match=message):
+            read_real_labels(real, names, 3)
 
 
 def test_the_score_is_that_of_the_logits(tmp_path: Path) -> None:
@@ -100,8 +153,10 @@ def test_the_score_is_that_of_the_logits(tmp_path: Path) -> None:
     logits = tested.logits(np.stack([transform(path) for path in images.files]))
     labels = np.array(images.labels)
     ranks = np.argsort(-logits, axis=1)
-    accuracy = score(tested.stream(images.files, top_k=2), labels)
-    assert accuracy[:3] == (7, (ranks[:, 0] == labels).sum(), (ranks[:, :2] == labels[:, None]).any(axis=1).sum())
+    result = evaluate(tested, images)
+    np.testing.assert_allclose(result.logits, logits, rtol=1e-5)
+    assert result.top1 == ((ranks[:, 0] == labels).sum(), 7)
+    assert result.top(2) == ((ranks[:, :2] == labels[:, None]).any(axis=1).sum(), 7)
 
 
 @pytest.fixture(scope="module")
@@ -136,16 +191,17 @@ def test_every_kind_of_source_gives_the_same_accuracy(tmp_path: Path, tested: dp
             datasets.Dataset.from_dict(columns, features=features),
         )
     ]
-    assert results == results[:1] * 9 and results[0].images == 8 and not results[0].failures
-    assert results[0].top5 == 8 > results[0].top1
+    assert all(figures(result) == figures(results[0]) and not result.failures for result in results)
+    assert results[0].top5 == (8, 8) > results[0].top1
+    assert results[0].files == folder.files and results[-1].files[-1] == "item 7"
 
 
 def test_failures_of_a_source_are_named_and_counted(tmp_path: Path, tested: dpn_jax.Classifier) -> None:
     good = np.zeros((40, 40, 3), np.uint8)
     source = [(good, 0), (b"no image", 0), "photo.jpg", (good, 4), (good, None), (tmp_path / "gone.png", 1)]
-    accuracy = evaluate(tested, source)
-    assert (accuracy.images, accuracy.top5) == (2, 2)
-    assert [str(failure).partition(": ")[0] for failure in accuracy.failures] == [
+    result = evaluate(tested, source)
+    assert result.top5 == (2, 2)
+    assert [str(failure).partition(": ")[0] for failure in result.failures] == [
         "item 1", "item 2", "item 4", str(tmp_path / "gone.png")
     ]  # fmt: skip
     with pytest.raises(ValueError, match="item 1: its label is 5, but the model has 5 classes"):
@@ -158,9 +214,9 @@ def test_a_damaged_shard_is_counted(tmp_path: Path, tested: dpn_jax.Classifier) 
     folder = packed(root, tmp_path / "crops", crops=CROPS).folder
     shard = folder / "00001-of-00002.array_record"
     shard.write_bytes(shard.read_bytes()[:1000])
-    accuracy = evaluate(tested, folder)
-    assert accuracy.images == len(accuracy.failures) == 4
-    assert "00001-of-00002.array_record: record 0 (eel/0.png): the shard is truncated" in str(accuracy.failures[0])
+    result = evaluate(tested, folder)
+    assert len(result) == len(result.failures) == 4
+    assert "00001-of-00002.array_record: record 0 (eel/0.png): the shard is truncated" in str(result.failures[0])
 
 
 def test_crops_of_another_geometry_are_refused(tmp_path: Path, tested: dpn_jax.Classifier) -> None:

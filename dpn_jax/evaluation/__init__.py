@@ -1,0 +1,1 @@
+"""Measuring a model on labeled images: accuracies, confusions, calibration, and a report of them."""
