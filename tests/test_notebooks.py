@@ -20,7 +20,13 @@ def cells(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
 
 
 def test_the_notebooks_are_found() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["01_quickstart", "02_finetune_with_optax"]
+    assert [path.stem for path in NOTEBOOKS] == [
+        "01_quickstart",
+        "02_finetune_with_optax",
+        "03_port_your_weights",
+        "06_change_the_block",
+        "07_dense_prediction",
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -38,7 +44,7 @@ def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
     notebook = jupytext.read(path)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": FOLDER}}).execute()
+    NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": FOLDER}}).execute()
     figures = [
         output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
     ]
