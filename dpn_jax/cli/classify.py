@@ -38,16 +38,7 @@ class Classify(ClassifierOptions):
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"--top-k must be at least 1, got {self.top_k}")
         self.check()
-        if not self.images:
-            raise ValueError("name at least one photo or folder")
-        if "" in self.images:  # such as from a shell variable that is not set; to Path it would be the current folder
-            raise ValueError("the name of a photo or folder is empty")
-        found = together(lambda: list(self._found()))
-        failures = [image for image in found if isinstance(image, ImageError)]
-        photos = Photos([image for image in found if not isinstance(image, ImageError)])
-        require_same([*photos.names, *map(str, failures)], "images")
-        for failure in failures:
-            note_once(str(failure))
+        photos, failed = found_photos(self.images)
         if not photos:
             return NOTHING_DONE
         classifier = together(self.classifier)
@@ -59,7 +50,7 @@ class Classify(ClassifierOptions):
                 print_header(self.format)
             for path, result in zip(photos.names, progress(results, len(photos), "image"), strict=True):
                 if isinstance(result, ImageError):
-                    failures.append(result)
+                    failed += 1
                     note_once(str(result))
                 else:
                     done += 1
@@ -68,19 +59,7 @@ class Classify(ClassifierOptions):
         note_throughput(classifier.throughput)
         if not done:
             return NOTHING_DONE
-        return SOME_FAILED if failures else DONE
-
-    def _found(self) -> Iterator[tuple[str, PackedImages | None] | ImageError]:
-        """Yields the files, each with the packed folder it is in, and an error for each folder without images."""
-        for name in self.images:
-            if kind(readable_path(name, error=ImageError)) != "folder":
-                yield name, None
-                continue
-            packed = PackedImages(name) if is_packed(name) else None
-            if files := image_files(name) if packed is None else packed.files:
-                yield from ((str(file), packed) for file in files)
-            else:
-                yield ImageError(f"{shown(name)}: no images in this folder")
+        return SOME_FAILED if failed else DONE
 
 
 class Photos(Sequence[ImageSource | ImageError]):
@@ -116,6 +95,41 @@ class Photos(Sequence[ImageSource | ImageError]):
         if len(kinds) > 1:
             raise ValueError("packed crops and photos cannot be classified in one run; name one of them")
         return kinds == {True}
+
+
+def found_photos(names: Sequence[str]) -> tuple[Photos, int]:
+    """The photos that are named, and how many of the names have none, which are told; the same in every process.
+
+    Args:
+      names: photos, folders of photos, or packed folders.
+
+    Raises:
+      ValueError: there are no names, or an empty one.
+    """
+    if not names:
+        raise ValueError("name at least one photo or folder")
+    if "" in names:  # such as from a shell variable that is not set; to Path it would be the current folder
+        raise ValueError("the name of a photo or folder is empty")
+    found = together(lambda: list(_found(names)))
+    failures = [image for image in found if isinstance(image, ImageError)]
+    photos = Photos([image for image in found if not isinstance(image, ImageError)])
+    require_same([*photos.names, *map(str, failures)], "images")
+    for failure in failures:
+        note_once(str(failure))
+    return photos, len(failures)
+
+
+def _found(names: Sequence[str]) -> Iterator[tuple[str, PackedImages | None] | ImageError]:
+    """Yields the files, each with the packed folder it is in, and an error for each folder without images."""
+    for name in names:
+        if kind(readable_path(name, error=ImageError)) != "folder":
+            yield name, None
+            continue
+        packed = PackedImages(name) if is_packed(name) else None
+        if files := image_files(name) if packed is None else packed.files:
+            yield from ((str(file), packed) for file in files)
+        else:
+            yield ImageError(f"{shown(name)}: no images in this folder")
 
 
 def print_header(format: Format) -> None:

@@ -18,13 +18,12 @@ from dpn_jax.paths import is_url
 
 @dataclasses.dataclass(frozen=True)
 class Convert(Command):
-    """Convert weights from timm's layout to Flax's, or back, or into a folder for the hub."""
+    """Convert weights from timm's layout to Flax's, or back, or for the hub."""
 
     source: Annotated[str, tyro.conf.Positional, option("SOURCE")]
     """A file (.pth and .bin need torch), a folder with config.json and weights, a tag or a hub id."""
     destination: Annotated[str, tyro.conf.Positional, option("DESTINATION")]
-    """The .safetensors file to write; or a folder, which gets the layout of the Hugging Face hub: timm's config.json
-    and weights, and a model card. `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it."""
+    """The .safetensors file to write; or a folder, for timm's hub layout with a model card."""
     to: Annotated[Literal["flax", "timm"] | None, option("{flax,timm}", "the one that SOURCE is not in")] = None
     """The layout to write."""
     model: Annotated[str | None, option("VARIANT", "that of SOURCE")] = None

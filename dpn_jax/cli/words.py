@@ -9,6 +9,7 @@ import tyro
 
 from dpn_jax.cli.classify import Classify
 from dpn_jax.cli.convert import Convert
+from dpn_jax.cli.embed import Embed
 from dpn_jax.cli.evaluate import Evaluate
 from dpn_jax.cli.export import Export
 from dpn_jax.cli.finetune import Finetune, finetune_command
@@ -19,6 +20,7 @@ from dpn_jax.cli.pack import Pack
 COMMANDS = {
     "classify": Classify,
     "evaluate": Evaluate,
+    "embed": Embed,
     "finetune": Finetune,
     "convert": Convert,
     "export": Export,

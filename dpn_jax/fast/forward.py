@@ -76,6 +76,10 @@ class Forward:
         """The forward pass, not jitted."""
         raise NotImplementedError
 
+    def pre_logits(self, params: Any, images: jax.Array) -> jax.Array:
+        """The same without the classifier, `[B, head_features]`."""
+        raise NotImplementedError
+
 
 class PlainForward(Forward):
     """The model itself, whatever was changed in it; later changes to it are not seen.
@@ -91,6 +95,11 @@ class PlainForward(Forward):
     def apply(self, params: nnx.State, images: jax.Array) -> jax.Array:
         """The forward pass, not jitted."""
         return nnx.merge(self.structure, params)(images)
+
+    def pre_logits(self, params: nnx.State, images: jax.Array) -> jax.Array:
+        """The same without the classifier, `[B, head_features]`."""
+        model = nnx.merge(self.structure, params)
+        return model.forward_head(model.forward_features(images), pre_logits=True)
 
 
 class FastForward(Forward):
@@ -124,6 +133,10 @@ class FastForward(Forward):
             return self._pointwise(x, kernel) + bias
 
         return pool_and_classify(join_paths(paths), self.config, None if params.classifier is None else classify)
+
+    def pre_logits(self, params: Folded, images: jax.Array) -> jax.Array:
+        """The same without the classifier, `[B, head_features]`."""
+        return self.apply(params._replace(classifier=None), images)
 
     def _block(
         self, stage: StageConfig, block: Block, x: DualPath | jax.Array, *, stride: int, dilation: int

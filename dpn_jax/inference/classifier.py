@@ -1,12 +1,10 @@
 """From photos to labels: a model, its preprocessing and its class names, compiled for a few batch sizes."""
 
-import base64
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
-import jax
 import numpy as np
 
 from dpn_jax.checkpoint.load import from_pretrained
@@ -17,16 +15,14 @@ from dpn_jax.images.labels import named_classes
 from dpn_jax.images.read import ImageSource
 from dpn_jax.images.transform import Transform
 from dpn_jax.inference.export import Artifact, read_artifact
-from dpn_jax.inference.pipeline import Pipeline
 from dpn_jax.inference.prediction import Prediction, most_probable
 from dpn_jax.inference.program import Devices, Program, find_devices
-from dpn_jax.inference.throughput import Throughput
+from dpn_jax.inference.runner import Runner
 from dpn_jax.model import DPN
-from dpn_jax.multihost import merged
 from dpn_jax.pretrained import default_preprocessing
 
 
-class Classifier:
+class Classifier(Runner):
     """Classifies photos.
 
     Args:
@@ -89,7 +85,8 @@ class Classifier:
         program = Program(forward.apply, forward.params, settings, chosen, compiler_options=options)
         forward.params = program.params  # which `forward.apply` keeps alive
         self.config: DPNConfig | None = config
-        self._pipeline = Pipeline(program, transform, batch_size, workers)
+        widths = config.num_classes, config.head_features
+        super().__init__(program, transform, batch_size, workers, widths=widths, pre_logits=forward.pre_logits)
 
     @classmethod
     def from_pretrained(
@@ -170,7 +167,7 @@ class Classifier:
         classifier = cls.__new__(cls)
         classifier.labels, classifier.synsets = names
         classifier.config = None
-        classifier._pipeline = Pipeline(program, transform, batch_size, workers)
+        Runner.__init__(classifier, program, transform, batch_size, workers, widths=(logits.shape[1], 0))
         return classifier
 
     def __call__(
@@ -224,42 +221,6 @@ class Classifier:
         """
         return self._predictions(self.stream_logits(images, prepared=prepared, total=total), self._checked(top_k))
 
-    def stream_logits(
-        self, images: Iterable[ImageSource], *, prepared: bool = False, total: int | None = None
-    ) -> Iterator[np.ndarray | ImageError]:
-        """Computes the logits of any number of images as they come, as `stream` does.
-
-        Args:
-          images, prepared, total: as for `stream`.
-
-        Yields:
-          For each image, in order, its logits, float32 `[num_classes]`, or the error if it cannot be read.
-
-        Raises:
-          DataError: a worker process died.
-        """
-        return self._pipeline.stream(images, prepared=prepared, total=total)
-
-    @property
-    def transform(self) -> Transform:
-        """Prepares an image: its `crop` runs on the host, its normalization on the devices."""
-        return self._pipeline.transform
-
-    @property
-    def devices(self) -> tuple[jax.Device, ...]:
-        """The devices that it runs on."""
-        return tuple(self._pipeline.program.mesh.devices.flat)
-
-    @property
-    def batch_size(self) -> int:
-        """Images in the largest batch, over all devices."""
-        return self._pipeline.batch_size
-
-    @property
-    def throughput(self) -> Throughput | None:
-        """Of the last stream that was read to its end; None if that was too short to measure."""
-        return self._pipeline.throughput
-
     def stream_in_processes(
         self, images: Sequence[ImageSource], *, top_k: int | None = None, prepared: bool = False
     ) -> Iterator[list[Prediction] | ImageError]:
@@ -279,42 +240,6 @@ class Classifier:
           ValueError, DataError: as `stream`.
         """
         return self._predictions(self.stream_logits_in_processes(images, prepared=prepared), self._checked(top_k))
-
-    def stream_logits_in_processes(
-        self, images: Sequence[ImageSource], *, prepared: bool = False
-    ) -> Iterator[np.ndarray | ImageError]:
-        """Computes the logits of a list of images in all processes, as `stream_in_processes` does.
-
-        Args:
-          images, prepared: as for `stream_in_processes`.
-
-        Yields:
-          In every process, for each image of the whole list, in order, what `stream_logits` yields.
-
-        Raises:
-          RunError, DataError: as `stream_in_processes`.
-        """
-
-        def work(indices: Iterator[int]) -> Iterator[str | list[str]]:
-            mine = (images[index] for index in indices)
-            for row in self.stream_logits(mine, prepared=prepared, total=len(images)):
-                yield str(row) if isinstance(row, ImageError) else [base64.b64encode(row.tobytes()).decode()]
-
-        return (
-            ImageError(row) if isinstance(row, str) else np.frombuffer(base64.b64decode(row[0]), np.float32)
-            for row in merged(work, len(images), unit=self.batch_size)
-        )
-
-    def logits(self, images: np.ndarray) -> np.ndarray:
-        """Computes the logits of prepared images.
-
-        Args:
-          images: `[B, H, W, C]`, from the transform: normalized floats, or uint8 from its `crop`.
-
-        Returns:
-          float32 `[B, num_classes]`.
-        """
-        return self._pipeline.logits(images) if len(images) else np.zeros((0, len(self.labels)), np.float32)
 
     def _checked(self, top_k: int | None) -> int:
         most = len(self.labels)

@@ -77,6 +77,7 @@ class Program:
         self.params = params
         self._place(devices)
         self._rows_each = rows_each
+        self._preprocessing = preprocessing
         self._compiler_options = dict(compiler_options or {})
         self._apply = apply if raw else functools.partial(_apply_normalized, apply, preprocessing)
 
@@ -100,6 +101,11 @@ class Program:
     def _place(self, devices: Sequence[jax.Device]) -> None:
         self.mesh = data_mesh(devices)
         self.params = jax.device_put(self.params, NamedSharding(self.mesh, PartitionSpec()))
+
+    def sharing(self, apply: Callable[[Any, jax.Array], jax.Array]) -> "Program":
+        """Another function of the same params, on the same devices; they are not copied."""
+        devices = tuple(self.mesh.devices.flat)
+        return Program(apply, self.params, self._preprocessing, devices, compiler_options=self._compiler_options)
 
     def rows(self, images: int) -> int:
         """The rows of a batch that holds so many images: as many on each device."""

@@ -103,7 +103,7 @@ def test_a_backend_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], "Expected one of {classify, evaluate, finetune, convert, export, pack, models}; For full helptext"),
+        ([], "Expected one of {classify, evaluate, embed, finetune, convert, export, pack, models}; For full helptext"),
         (["clasify", "x.jpg"], "Unrecognized options: clasify, x.jpg; Available subcommands: classify, "),
         (["classify", "x.jpg", "--top-q", "5"], "Unrecognized options: --top-q, 5; Perhaps you meant: --top-k K "),
         (["classify", "x.jpg", "--top-k"], "Missing value for argument '--top-k'"),

@@ -22,6 +22,7 @@ from PIL import Image
 import dpn_jax
 from dpn_jax.cli.cache import keep_compiled
 from dpn_jax.cli.main import main
+from dpn_jax.images.folders import image_files
 from dpn_jax.inference.export import load_exported
 from dpn_jax.inference.pipeline import Pipeline
 from tests.support.models import TINY
@@ -187,6 +188,7 @@ def test_the_module_is_the_same_command(run: Run) -> None:
     [
         ("classify", "IMAGE_OR_FOLDER..."),
         ("evaluate", "DATA"),
+        ("embed", "IMAGE_OR_FOLDER..."),
         ("convert", "SOURCE DESTINATION"),
         ("export", "DESTINATION"),
         ("pack", "DATA DESTINATION"),
@@ -360,6 +362,40 @@ def test_an_evaluation_is_a_row_of_figures(run: Run, weights: Path, classes: Pat
     _, out, _ = run("evaluate", classes, "--weights", weights)
     assert out.startswith("images             3 (0 failed)\ntop-1 ") and "calibration error" in out
     assert "published" not in out, "these weights are nobody's"
+
+
+@pytest.mark.parametrize("ending", ["npz", "parquet"])
+def test_embed_writes_what_the_classifier_reads(
+    run: Run, weights: Path, classes: Path, tmp_path: Path, ending: str
+) -> None:
+    broken = classes / "bee" / "broken.png"
+    broken.write_bytes(b"no image")
+    output, words = tmp_path / f"features.{ending}", ("embed", classes, "--weights", weights, "--output")
+    if ending == "parquet":
+        pq = pytest.importorskip("pyarrow.parquet")
+    code, out, err = run(*words, output)
+    assert code == 1 and err.startswith(f"dpn-jax: {broken}: not an image")
+    model = dpn_jax.load(weights)
+    assert out == f"{output}: features of 3 images, {model.config.num_features} each\n"
+    if ending == "npz":
+        with np.load(output) as arrays:
+            files, features = arrays["files"].tolist(), arrays["features"]
+    else:
+        table = pq.read_table(output).to_pydict()
+        files, features = table["file"], np.array(table["features"], np.float32)
+    assert files == [str(file) for file in image_files(classes) if "broken" not in str(file)]
+    transform = dpn_jax.preprocessing(model.provenance.preprocessing)
+    images = np.stack([transform(file) for file in files])
+    run_plain = nnx.jit(lambda model, x: model.forward_head(model.forward_features(x), pre_logits=True))
+    np.testing.assert_allclose(features, run_plain(model, images), rtol=1e-4, atol=1e-4)
+    kernel, bias = model.classifier.kernel[...][0, 0], model.classifier.bias[...]
+    expected = dpn_jax.Classifier.from_pretrained(weights).logits(images)
+    np.testing.assert_allclose(features @ kernel + bias, expected, rtol=1e-4, atol=1e-4)
+    code, out, err = run(*words, output)
+    assert (code, out) == (2, "") and "exists already" in err
+    for name, message in (("features.csv", "the name must end in .npz or .parquet"), ("gone/x.npz", "gone")):
+        code, out, err = run(*words, tmp_path / name)
+        assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
 def test_a_report_of_an_evaluation(run: Run, weights: Path, classes: Path, tmp_path: Path) -> None:

@@ -278,3 +278,21 @@ def test_worker_processes_change_nothing(tmp_path: Path, pictures: list[np.ndarr
     *some, missing = dpn_jax.Classifier(model, workers=2).stream(files)
     assert some == dpn_jax.Classifier(model)(files[:-1])
     assert isinstance(missing, ImageError)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_features_are_what_the_head_reads(pictures: list[np.ndarray], fast: bool) -> None:
+    model = randomize(dpn_jax.DPN(TINY, rngs=None))
+    transform = dpn_jax.preprocessing(dpn_jax.Preprocessing(image_size=32))
+    classifier = dpn_jax.Classifier(model, transform=transform, batch_size=4, fast=fast, labels=tuple("abcde"))
+    features = classifier.features(pictures[:5])
+    assert features.shape == (5, TINY.num_features) and features.dtype == np.float32
+    images = np.stack([transform(picture) for picture in pictures[:5]])
+    plain = nnx.jit(lambda model, x: model.forward_head(model.forward_features(x), pre_logits=True))(model, images)
+    np.testing.assert_allclose(features, plain, rtol=1e-4, atol=1e-4)
+    again = pickle.loads(pickle.dumps(classifier))
+    np.testing.assert_array_equal(again.features(pictures[:5]), features)
+    assert classifier.features([]).shape == (0, TINY.num_features)
+    assert classifier.logits(images[:0]).shape == (0, 5)
+    with pytest.raises(ImageError, match=r"gone\.png"):
+        classifier.features([pictures[0], "gone.png"])
