@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import itertools
+import json
 import shlex
 import signal
 from collections.abc import Sequence
@@ -13,9 +14,9 @@ import tyro
 
 from dpn_jax.cli.options import ProcessOptions
 from dpn_jax.cli.output import DONE, INTERRUPTED, TERMINATED, note, text_table
-from dpn_jax.errors import RunError, shown
+from dpn_jax.errors import DataError, RunError, reason, shown
 from dpn_jax.finetune.config import FinetuneConfig
-from dpn_jax.finetune.record import Record, read_record
+from dpn_jax.finetune.record import Record, config_from_json, read_record
 from dpn_jax.finetune.report import CURVES, EVENTS, METRICS, read_metrics
 from dpn_jax.finetune.run import Finetuned, finetune
 from dpn_jax.multihost import is_first, meet
@@ -40,11 +41,18 @@ class Finetune(ProcessOptions):
     resume: bool = False
     """Continue from the newest checkpoint in RUN, with its own DATA and options; those that do not change the result,
     such as --workers, may be others, and so may --epochs."""
+    options: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE", help_behavior_hint="")] = None
+    """A JSON file with options, whose place those of the command line take; config.json of a run is one."""
+    print_config: bool = False
+    """Print the options, as --config reads them, and do nothing."""
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=FinetuneConfig)
     """How to train."""
 
     def run(self) -> int:
         """Trains, and prints how good the result is and how to use it."""
+        if self.print_config:
+            print(json.dumps(dataclasses.asdict(self.config), indent=2))
+            return DONE
         if not self.resume and self.folder is None:
             raise ValueError("name the folder of images: dpn-jax finetune DATA --output RUN")
         if not self.resume and not self.model and not self.weights:
@@ -71,28 +79,52 @@ class Finetune(ProcessOptions):
 
 
 def finetune_command(words: Sequence[str]) -> type[Finetune]:
-    """The command, whose options default to those of the run that it is asked to resume.
+    """The command, whose options default to those of the run that it is asked to resume, or of the file it names.
 
     Args:
       words: the arguments of `dpn-jax`.
+
+    Raises:
+      DataError: the file cannot be read.
     """
-    outputs = [after for before, after in itertools.pairwise(words) if before == "--output"]
-    outputs += [word.removeprefix("--output=") for word in words if word.startswith("--output=")]
-    if "--resume" not in words or not outputs:
-        return Finetune
-    output = Path(outputs[-1])
-    try:
-        config = Record.from_json(output, read_record(output)).config
-    except RunError:  # without a run, or none that can be read: said when it is resumed
+    if file := _last(words, "--config"):
+        config = read_options(Path(file))
+    elif (output := _last(words, "--output")) and "--resume" in words:
+        try:
+            config = Record.from_json(Path(output), read_record(Path(output))).config
+        except RunError:  # without a run, or none that can be read: said when it is resumed
+            return Finetune
+    else:
         return Finetune
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Resumed(Finetune):
+    class WithDefaults(Finetune):
         __doc__ = Finetune.__doc__
         config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=lambda: config)
         """How to train."""
 
-    return Resumed
+    return WithDefaults
+
+
+def _last(words: Sequence[str], option: str) -> str | None:
+    """The value of an option, as far as it is there."""
+    values = [after for before, after in itertools.pairwise(words) if before == option]
+    values += [word.removeprefix(f"{option}=") for word in words if word.startswith(f"{option}=")]
+    return values[-1] if values else None
+
+
+def read_options(path: Path) -> FinetuneConfig:
+    """The options in a JSON file: an object of them, some or all, or the `config.json` of a run.
+
+    Raises:
+      DataError: it cannot be read, or has an option that does not exist or is out of its range.
+    """
+    try:
+        fields = json.loads(path.read_bytes())
+        fields = fields.get("config", fields)
+        return config_from_json(fields)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{shown(path)}: not the options of a run ({reason(error)})") from error
 
 
 def print_result(result: Finetuned) -> None:

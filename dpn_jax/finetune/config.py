@@ -5,6 +5,8 @@ from typing import Literal
 
 Optimizer = Literal["sgd", "adamw", "lamb", "lion"]
 Norms = Literal["train", "frozen"]
+Sampling = Literal["shuffled", "balanced"]
+Metric = Literal["accuracy", "loss"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,12 @@ class FinetuneConfig:
     """Do without images that cannot be read, and list them."""
     skip_check: bool = False
     """Do not read every image before the first epoch to find those that cannot be read."""
+    sampling: Sampling = "shuffled"
+    """shuffled takes each training image once an epoch; balanced draws as many, each class as often as any other."""
+    metric: Metric = "accuracy"
+    """Which validation is the best: the one with the highest accuracy, or with the lowest loss."""
+    patience: int | None = None
+    """Epochs without a better validation after which training ends. Defaults to training all epochs."""
     checkpoint_every: int | None = None
     """Updates between checkpoints. Defaults to one checkpoint at the end of each epoch."""
     keep: int = 2
@@ -101,8 +109,9 @@ class FinetuneConfig:
             least = 1 if name in positive else 0
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        if self.checkpoint_every is not None and self.checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every!r}")
+        for name in ("checkpoint_every", "patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
         if self.image_size is not None and self.image_size < 32:
             raise ValueError(f"image_size must be at least 32 pixels, got {self.image_size!r}")
         ranges = {
@@ -130,6 +139,8 @@ class FinetuneConfig:
         known = ("none", "stem", "backbone", "weights")
         if self.freeze not in known and not (self.freeze.startswith("stage") and self.freeze[5:].isdigit()):
             raise ValueError(f"freeze must be {', '.join(known)} or stage1, stage2, ..., got {self.freeze!r}")
-        for name, choices in (("optimizer", Optimizer), ("norms", Norms)):
+        for name, choices in (
+            ("optimizer", Optimizer), ("norms", Norms), ("sampling", Sampling), ("metric", Metric)
+        ):  # fmt: skip
             if getattr(self, name) not in choices.__args__:
                 raise ValueError(f"{name} must be one of {choices.__args__}, got {getattr(self, name)!r}")

@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -131,7 +131,8 @@ def batches(
     Raises:
       DataError: a training batch is larger than the data, the images would not be square, or they are packed crops
         that would be used as they are and have another geometry.
-      ValueError: `process_count` does not divide the batch size, or `preprocessing` has neither 1 nor 3 channels.
+      ValueError: `process_count` does not divide the batch size, `preprocessing` has neither 1 nor 3 channels, or the
+        sampling needs labels that the source does not tell.
 
     Example:
       >>> source = [("cat/1.png", 0), ("dog/1.png", 1), ("dog/2.png", 1)]
@@ -145,6 +146,8 @@ def batches(
         raise ValueError(f"batch_size must be a multiple of the {process_count} processes, got {config.batch_size}")
     if train and config.batch_size > len(source):
         raise DataError(f"batch_size {config.batch_size} is larger than the {len(source)} training images; lower it")
+    if train and config.sampling == "balanced" and not hasattr(source, "labels"):
+        raise ValueError("sampling='balanced' needs to know every label: a source with `labels`, as an ImageFolder has")
     if config.image_size is not None:
         preprocessing = dataclasses.replace(preprocessing, image_size=config.image_size)
     if preprocessing.height != preprocessing.width:
@@ -213,7 +216,8 @@ class _Batches:
     def fingerprint(self) -> str:
         """A hash of everything that determines the order of the images; of an unknown source, its length only."""
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(repr((self.train, self.config.batch_size, self.config.seed)).encode())
+        told = (self.train, self.config.batch_size, self.config.seed)
+        digest.update(repr(told if self.config.sampling == "shuffled" else (*told, self.config.sampling)).encode())
         digest.update(getattr(self.source, "identity", b"%d" % len(self.source)))
         return digest.hexdigest()
 
@@ -223,7 +227,9 @@ class _Batches:
     def __getitem__(self, index: int) -> Batch:
         epoch, number = divmod(index, self.per_epoch)
         config, size, total = self.config, self.transform.preprocessing.image_size, len(self.source)
-        order = _order(config.seed, epoch, total) if self.train else range(total)
+        is_drawn = self.train and config.sampling == "balanced"
+        shuffled = self.train and not is_drawn
+        order = self._drawn(epoch) if is_drawn else _order(config.seed, epoch, total) if shuffled else range(total)
         count = config.batch_size // self.process_count
         first = number * config.batch_size + self.process_index * count
         batch = {
@@ -232,13 +238,29 @@ class _Batches:
             "weight": np.zeros(count, np.float32),
         }
         for row, chosen in enumerate(order[first : first + count]):
-            if found := self._read(epoch, int(chosen)):
+            # an image that is drawn twice is augmented in two ways
+            if found := self._read(epoch, int(chosen), total + first + row if is_drawn else int(chosen)):
                 batch["image"][row], batch["label"][row] = found
                 batch["weight"][row] = 1
         return batch
 
-    def _read(self, epoch: int, chosen: int) -> tuple[np.ndarray, int] | None:
-        """An image and its label. Of one that is skipped: in training the next, in validation None.
+    @functools.cached_property
+    def _drawn(self) -> Callable[[int], np.ndarray]:
+        """For each epoch as many images as there are, drawn so that each class has the same chance."""
+        labels = np.array(self.source.labels)
+        chances = 1 / np.bincount(labels)[labels]
+        seed, chances = self.config.seed, chances / chances.sum()
+
+        @functools.lru_cache(maxsize=2)
+        def drawn(epoch: int) -> np.ndarray:
+            return np.random.default_rng([seed, epoch, 0]).choice(len(labels), len(labels), p=chances)
+
+        return drawn
+
+    def _read(self, epoch: int, chosen: int, augmentation: int) -> tuple[np.ndarray, int] | None:
+        """An image, augmented in the way of this number, and its label.
+
+        Of one that is skipped: in training the next, in validation None.
 
         Source: `timm.data.dataset.ImageDataset` for the next.
         """
@@ -248,7 +270,7 @@ class _Batches:
             if index in skipped:
                 continue
             try:
-                return prepared(self.source, index, functools.partial(self._prepare, epoch=epoch, chosen=chosen))
+                return prepared(self.source, index, functools.partial(self._prepare, epoch, augmentation))
             except ImageError as error:
                 if not self.config.skip_broken:
                     raise DataError(
@@ -261,11 +283,11 @@ class _Batches:
             raise DataError(f"none of the {total} images can be read: {problem or 'all are skipped'}")
         return None
 
-    def _prepare(self, image: ImageSource, *, epoch: int, chosen: int) -> np.ndarray:
+    def _prepare(self, epoch: int, augmentation: int, image: ImageSource) -> np.ndarray:
         """uint8 [S, S, C]."""
         if not self.train:
             return self.transform.crop(image)
-        generator = np.random.default_rng([self.config.seed, epoch, chosen + 1])
+        generator = np.random.default_rng([self.config.seed, epoch, augmentation + 1])
         return _augmented(image, self.config, self.transform, generator)
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -85,6 +85,7 @@ class Training:
       train, val: the data; `val` goes over all images once per epoch.
       interruption: asks the run to stop.
       note: called with each message, a line.
+      callbacks: called in process 0 with each line of the log.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Training:
         val: BatchIterator,
         interruption: Interruption,
         note: Callable[[str], None],
+        callbacks: Sequence[Callable[[Row], None]] = (),
     ) -> None:
         self.output = output
         self.config = config
@@ -107,12 +109,13 @@ class Training:
         self.saved: int | None = None
         """The step of the newest checkpoint."""
         self.best: Row | None = None
-        """The validation with the highest accuracy; among equal ones, the lowest loss."""
+        """The best validation by `config.metric`."""
         self._mesh = mesh
         self._train = train
         self._val = val
         self._interruption = interruption
         self._note = note
+        self._callbacks = callbacks
         self._window = Window()
         self._since = time.monotonic()
         self._checkpoints: Checkpoints | None = None  # in process 0 only, as the log
@@ -205,7 +208,7 @@ class Training:
         while True:
             if self.steps.ends_epoch(self.step) and not self._validate(log):
                 return False
-            if self.step == self.steps.total:
+            if self.step == self.steps.total or self._is_out_of_patience():
                 return True
             if self._asked_to_stop() or not self._train_batch(bar):
                 self._save()
@@ -239,6 +242,7 @@ class Training:
         rate, self._since = images / (now - self._since), now
         bar.set_postfix({"epoch": f"{row['epoch']:.1f}", "loss": row["loss"], "accuracy": f"{row['accuracy']:.1%}"})
         on_first(lambda: log.write(row, images_per_second=rate))
+        self._call_back(row)
 
     def _validate(self, log: Log | None) -> bool:
         """Measures the state on the validation images; False if asked to stop meanwhile."""
@@ -258,15 +262,31 @@ class Training:
         if means is None:
             return False
         row = self._row("val", means)
-        if self.best is None or quality(row) > quality(self.best):
+        metric = self.config.metric
+        if self.best is None or quality(row, metric) > quality(self.best, metric):
             self.best = row
         on_first(lambda: log.write(row))
+        self._call_back(row)
         self._note(
             f"epoch {row['epoch']:.0f} of {self.config.epochs}: validation loss {row['loss']:.4f}, "
             f"accuracy {row['accuracy']:.2%}{', the best so far' if self.best is row else ''}"
         )
         self._since = time.monotonic()
         return True
+
+    def _is_out_of_patience(self) -> bool:
+        """Whether the best validation is too many epochs ago; told once."""
+        patience = self.config.patience
+        if patience is None or self.best is None or not self.steps.ends_epoch(self.step):
+            return False
+        waited = (self.step - self.best["step"]) // self.steps.per_epoch
+        if waited >= patience:
+            self._note(f"no better validation for {waited} epochs: training ends (patience {patience})")
+        return waited >= patience
+
+    def _call_back(self, row: Row) -> None:
+        for callback in self._callbacks if is_first() else ():
+            callback(dict(row))
 
     def _row(self, split: str, means: dict[str, float]) -> Row:
         return {"split": split, "step": self.step, "epoch": self.step / self.steps.per_epoch, **means}

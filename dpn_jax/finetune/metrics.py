@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from dpn_jax.errors import DivergedError
+from dpn_jax.finetune.config import Metric
 from dpn_jax.finetune.data import Batch
 from dpn_jax.finetune.step import Metrics, TrainState, eval_step
 
@@ -104,6 +105,12 @@ def wait(metrics: list[Metrics]) -> None:
         jax.block_until_ready(metrics[-1 - _STEPS_IN_FLIGHT])
 
 
-def quality(row: Row) -> tuple[float, float]:
-    """The key that ranks validations: accuracy, then loss."""
-    return row["accuracy"], -row["loss"]
+def quality(row: Row, metric: Metric = "accuracy") -> tuple[float, float]:
+    """The key that ranks validations: the metric, then the other one.
+
+    Example:
+      >>> quality({"accuracy": 0.5, "loss": 1.25}, "loss")
+      (-1.25, 0.5)
+    """
+    found = (row["accuracy"], -row["loss"])
+    return found if metric == "accuracy" else found[::-1]

@@ -151,7 +151,7 @@ def run_facts(run: Path) -> CardFacts | None:
     start = hub_id(source) or ("random weights" if source in VARIANTS else "other weights")
     chosen = {name: value for name, value in dataclasses.asdict(config).items() if name in _TOLD}
     options = ", ".join(f"{name} {value}" for name, value in chosen.items())
-    best = max(rows, key=quality, default=None)
+    best = max(rows, key=lambda row: quality(row, config.metric), default=None)
     metrics = {}
     if best is not None:
         metrics["top1"] = 100 * best["accuracy"]

@@ -5,7 +5,7 @@ import importlib.util
 import logging
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,11 +61,12 @@ def finetune(
     resume: bool = False,
     progress: bool = True,
     note: Callable[[str], None] = logger.info,
+    callbacks: Sequence[Callable[[Row], None]] = (),
 ) -> Finetuned:
     """Trains a model on a folder of class folders, as `dpn-jax finetune` does.
 
     Writes `config.json`, `images.json`, `metrics.jsonl`, TensorBoard's events, checkpoints and, at the end,
-    `model.safetensors` (the state with the best validation accuracy; its moving average if `config.ema_decay` is set)
+    `model.safetensors` (the state with the best validation; its moving average if `config.ema_decay` is set)
     and `curves.png`. SIGTERM and Ctrl-C save a checkpoint and stop. On CPU a resumed run is bit-identical to an
     uninterrupted one.
 
@@ -82,6 +83,8 @@ def finetune(
       resume: continue from the newest checkpoint in `output`.
       progress: show a progress bar if stderr is a terminal.
       note: called with each message, a line.
+      callbacks: called in process 0 with each line of `metrics.jsonl`, a dict: `split`, `step`, `epoch`, `loss`,
+        `accuracy`, ... What they raise ends the run, which `resume` continues.
 
     Returns:
       The files of the run and its best validation.
@@ -112,7 +115,7 @@ def finetune(
         if not resume:
             on_first(lambda: start.write(output))
         interruption = stack.enter_context(catch_interruption())
-        training = Training(output, config, state, mesh, train, val, interruption, say)
+        training = Training(output, config, state, mesh, train, val, interruption, say, callbacks)
         stack.callback(training.close)
         stack.enter_context(_one_line_errors(training))
         updates = f", {training.steps.updates} updates" if config.accumulate > 1 else ""

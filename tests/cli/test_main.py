@@ -398,6 +398,26 @@ def test_embed_writes_what_the_classifier_reads(
         assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
+def test_options_of_a_run_come_from_a_file(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("optax")
+    words = ("finetune", "--output", tmp_path / "run", "--print-config")
+    code, out, err = run(*words, "--epochs", 3, "--crop-scale", 0.5, 1)
+    assert (code, err, json.loads(out)["epochs"]) == (0, "", 3)
+    file = tmp_path / "options.json"
+    for content in (out, json.dumps({"config": json.loads(out), "folder": "photos"}), '{"epochs": 3}'):
+        file.write_text(content)
+        code, again, err = run(*words, "--config", file, "--seed", 4)
+        assert (code, err) == (0, "")
+        found = json.loads(again)
+        assert (found["epochs"], found["seed"]) == (3, 4)
+        assert found["crop_scale"] == ([0.35, 1.0] if content == '{"epochs": 3}' else [0.5, 1.0])
+    assert not (tmp_path / "run").exists()
+    for content, message in (('{"epochz": 3}', "epochz"), ("[]", "options.json"), ('{"epochs": 0}', "epochs must be")):
+        file.write_text(content)
+        code, out, err = run(*words, f"--config={file}")
+        assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
 def test_a_report_of_an_evaluation(run: Run, weights: Path, classes: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     folder, words = tmp_path / "report", ("evaluate", classes, "--weights", weights, "--format", "json")

@@ -583,6 +583,25 @@ def test_a_worker_outlives_signals_to_all_and_its_death_is_an_error(everything: 
         assert digests([next(iterator)]) == digests(take(expected, state + 1))[-1:], "it can go on where it stood"
 
 
+def test_balanced_sampling_shows_each_class_as_often(everything: ImageFolder) -> None:
+    config = dataclasses.replace(AUGMENTED, sampling="balanced", batch_size=11)
+    epochs = 30
+    with batches(everything, config, SMALL, train=True, epochs=epochs) as iterator:
+        seen = list(iterator)
+    labels = np.concatenate([batch["label"] for batch in seen])
+    assert len(labels) == epochs * 22
+    np.testing.assert_allclose(np.bincount(labels) / len(labels), 1 / 3, atol=0.06)  # shuffled: 0.45, 0.32, 0.23
+    pictures = np.concatenate([batch["image"] for batch in seen[:2]])
+    assert len({picture.tobytes() for picture in pictures}) == 22, "an image drawn twice is augmented in two ways"
+    with batches(everything, config, SMALL, train=True, epochs=epochs) as iterator:
+        assert digests(take(iterator, 3)) == digests(seen[:3])
+    with batches(everything, config, SMALL, train=False) as iterator:
+        validated = np.concatenate([batch["label"] for batch in iterator])
+    assert np.bincount(validated).tolist() == [10, 7, 5], "validation takes each image once"
+    with pytest.raises(ValueError, match="sampling='balanced' needs to know every label"):
+        batches(list(zip(everything.files, everything.labels, strict=True)), config, SMALL, train=True)
+
+
 SCRIPT = """
 import sys, time
 from dpn_jax.pretrained import Preprocessing

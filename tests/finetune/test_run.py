@@ -367,6 +367,41 @@ def test_initial_model_has_random_weights_for_an_architecture_and_says_so() -> N
     assert model.provenance.preprocessing.image_size == 48
 
 
+@pytest.mark.slow
+def test_training_ends_when_nothing_gets_better(images: Path, weights: Path, tmp_path: Path) -> None:
+    """Nothing is learned, so the first epoch stays the best; callbacks see each line of the log."""
+    still = FinetuneConfig(
+        epochs=9, batch_size=6, workers=0, learning_rate=1e-30, freeze="backbone", patience=2, metric="loss"
+    )
+    notes: list[str] = []
+    rows: list[dict] = []
+    run = finetune(images, tmp_path / "run", still, source=weights, note=notes.append, callbacks=[rows.append])
+    validations = [row for row in rows if row["split"] == "val"]
+    assert [row["epoch"] for row in validations] == [1, 2, 3] and run.best == validations[0]
+    assert rows == read_metrics(tmp_path / "run" / METRICS)
+    assert "no better validation for 2 epochs: training ends (patience 2)" in notes
+    assert run.weights is not None and run.step == 3 * run.steps / 9
+    again = finetune(images, tmp_path / "run", resume=True, callbacks=[rows.append])
+    assert (again.weights, again.step, again.best) == (run.weights, run.step, run.best)
+
+    def impatient(row: dict) -> None:
+        if row["split"] == "val":
+            raise KeyError("my own")
+
+    with pytest.raises(KeyError, match="my own"):
+        finetune(images, tmp_path / "other", still, source=weights, callbacks=[impatient])
+    assert finetune(images, tmp_path / "other", resume=True).best["epoch"] == 1
+
+
+def test_the_metric_decides_what_is_best() -> None:
+    exact, sure = {"accuracy": 0.9, "loss": 0.5}, {"accuracy": 0.8, "loss": 0.4}
+    assert quality(exact) > quality(sure) and quality(exact, "loss") < quality(sure, "loss")
+    with pytest.raises(ValueError, match=r"metric must be one of \('accuracy', 'loss'\), got 'f1'"):
+        FinetuneConfig(metric="f1")
+    with pytest.raises(ValueError, match="patience must be at least 1, got 0"):
+        FinetuneConfig(patience=0)
+
+
 def test_log_is_cut_back_to_where_a_run_resumes(tmp_path: Path) -> None:
     log = Log(tmp_path, step=0)
     for step in range(1, 5):
