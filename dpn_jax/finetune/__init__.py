@@ -4,10 +4,10 @@ from dpn_jax.errors import DataError as DataError
 from dpn_jax.errors import DivergedError as DivergedError
 from dpn_jax.errors import RunError as RunError
 from dpn_jax.finetune.checkpoints import Checkpoints as Checkpoints
+from dpn_jax.finetune.checks import find_broken as find_broken
 from dpn_jax.finetune.config import FinetuneConfig as FinetuneConfig
 from dpn_jax.finetune.data import BatchIterator as BatchIterator
 from dpn_jax.finetune.data import batches as batches
-from dpn_jax.finetune.data import find_broken as find_broken
 from dpn_jax.finetune.mixup import mix as mix
 from dpn_jax.finetune.optimizer import learning_rate as learning_rate
 from dpn_jax.finetune.optimizer import make_optimizer as make_optimizer

@@ -1,6 +1,5 @@
 """Batches of images: deterministic, prefetched by worker processes, resumable at any batch."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -19,7 +18,6 @@ from dpn_jax.finetune.augment import color_jitter, rand_augment, random_crop
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.images.read import ImageSource, read_image
 from dpn_jax.images.sources import LabeledImages, prepared, transform_for
-from dpn_jax.images.splits import ImageFolder
 from dpn_jax.images.transform import Transform
 from dpn_jax.images.workers import prefetched, refuse_in_starting_worker
 from dpn_jax.pretrained import Preprocessing
@@ -29,8 +27,6 @@ Batch = Mapping[str, jax.Array | np.ndarray]
 `weight` (optional): `[B]`, how much each image counts, 0 for padding."""
 
 IteratorState = dict[str, int | str]
-
-_FILES_PER_CHECK = 32
 
 logger = logging.getLogger("dpn_jax")
 
@@ -164,25 +160,6 @@ def batches(
     return BatchIterator(
         _Batches(source, config, transform, train, epochs, process_index, process_count), config.workers
     )
-
-
-def find_broken(folder: ImageFolder, config: FinetuneConfig, preprocessing: Preprocessing) -> dict[str, str]:
-    """Reads every image once, in `config.workers` processes, and finds those that cannot be read or cropped.
-
-    Args:
-      folder: the images.
-      config: only `workers` is used.
-      preprocessing: as for `batches`.
-
-    Returns:
-      The reason for each broken file, one line that names it; `folder.without(...)` removes them.
-
-    Raises:
-      DataError: a worker died.
-    """
-    refuse_in_starting_worker()
-    with contextlib.closing(prefetched(_Checks(folder, Transform(preprocessing)), config.workers)) as found:
-        return {file: reason for checked in found for file, reason in checked}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -321,24 +298,3 @@ def _augmented(
     if config.color_jitter:
         image = color_jitter(image, config.color_jitter, generator)
     return np.asarray(image).reshape(size, size, channels)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Checks:
-    """The broken files among each few files, by index."""
-
-    folder: ImageFolder
-    transform: Transform
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.folder) / _FILES_PER_CHECK)
-
-    def __getitem__(self, index: int) -> list[tuple[str, str]]:
-        broken = []
-        start = index * _FILES_PER_CHECK
-        for number in range(start, min(start + _FILES_PER_CHECK, len(self.folder))):
-            try:
-                prepared(self.folder, number, self.transform.crop)
-            except ImageError as error:
-                broken.append((self.folder.files[number], str(error)))
-        return broken

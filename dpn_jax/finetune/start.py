@@ -14,8 +14,8 @@ from flax import nnx
 from dpn_jax.checkpoint.load import from_pretrained
 from dpn_jax.config import VARIANTS, DPNConfig, variant_of
 from dpn_jax.errors import DataError, shown
+from dpn_jax.finetune.checks import find_broken
 from dpn_jax.finetune.config import FinetuneConfig
-from dpn_jax.finetune.data import find_broken
 from dpn_jax.finetune.loop import CHECKPOINTS
 from dpn_jax.finetune.record import (
     IMAGES,
