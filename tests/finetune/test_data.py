@@ -453,7 +453,7 @@ def test_broken_images_are_found_and_removed(changing: Path) -> None:
 
 
 def test_no_broken_image_escapes_the_check(changing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpn_jax.finetune.data._FILES_PER_CHECK", 4)
+    monkeypatch.setattr("dpn_jax.finetune.checks._FILES_PER_CHECK", 4)
     for name in ("cat/0.png", "dog/5.png", "fish/4.png"):
         (changing / name).write_bytes(b"broken")
     broken = find_broken(image_folder(changing, split="all"), PLAIN, SMALL)
