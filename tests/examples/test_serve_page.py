@@ -1,0 +1,73 @@
+"""The page of `examples/serve.py` in a real browser (select with -m browser; needs chromedriver)."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("selenium")
+pytest.importorskip("uvicorn")
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+from tests.examples.test_serve import Server
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(shutil.which("chromedriver") is None, reason="needs chromedriver"),
+]
+SAMPLES = Path(__file__).parents[2] / "samples"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    running = Server("--model", "dpn_tiny.cifar10")
+    try:
+        running.wait()
+        yield running
+    finally:
+        running.process.kill()
+        running.process.communicate()
+
+
+@pytest.fixture(params=[(1280, "light"), (390, "dark")], ids=str)
+def browser(request: pytest.FixtureRequest) -> Iterator[webdriver.Chrome]:
+    width, scheme = request.param
+    options = webdriver.ChromeOptions()
+    for word in ("--headless=new", "--no-sandbox", "--disable-gpu"):
+        options.add_argument(word)
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        metrics = {"width": width, "height": 1400, "deviceScaleFactor": 1, "mobile": False}
+        chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        yield chrome
+    finally:
+        chrome.quit()
+
+
+def test_a_photo_gets_its_labels_and_a_map(
+    server: Server, browser: webdriver.Chrome, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    browser.get(server.address)
+    note = tmp_path / "note.jpg"
+    note.write_text("no image")
+    chosen = [SAMPLES / "cat.jpg", SAMPLES / "horses.jpg", note]
+    browser.find_element(By.ID, "file").send_keys("\n".join(map(str, chosen)))
+    WebDriverWait(browser, 60).until(lambda page: len(page.find_elements(By.CSS_SELECTOR, "section")) == 3)
+    broken, horses, cat = browser.find_elements(By.CSS_SELECTOR, "section")  # the last one on top
+    assert "not an image" in broken.find_element(By.CLASS_NAME, "error").text
+    for section, label in ((cat, "cat"), (horses, "horse")):
+        rows = section.find_elements(By.CSS_SELECTOR, "li")
+        assert len(rows) == 5 and rows[0].find_element(By.TAG_NAME, "span").text == label
+        photo, overlay = section.find_elements(By.TAG_NAME, "img")
+        for image in (photo, overlay):
+            assert browser.execute_script("return arguments[0].naturalWidth", image) > 100
+    wide = browser.execute_script("return document.documentElement.scrollWidth > window.innerWidth")
+    assert not wide, "nothing is clipped or scrolls sideways"
+    errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not [entry for entry in errors if "favicon" not in entry["message"]]
+    browser.save_screenshot(str(tmp_path / f"{request.node.callspec.id}.png"))
