@@ -1,4 +1,4 @@
-"""A service that classifies photos, to start from: `python examples/serve.py --model dpn_tiny.cifar10`.
+"""A service that classifies photos, to start from: `python examples/serve.py --model dpn_tiny.digits`.
 
 `/` is a page to drop a photo on. `POST /classify` takes an image as its body, or several as a form
 (`-F image=@cat.jpg`), and answers in JSON; `?explain=1` adds a Grad-CAM of each. Images of different requests share
@@ -48,7 +48,7 @@ WAITING = Gauge("dpn_waiting_images", "Images that are accepted and not answered
 class Options:
     """Serve a model over HTTP."""
 
-    model: str = "dpn_tiny.cifar10"
+    model: str = "dpn_tiny.digits"
     """A pretrained tag, hub id, file or folder."""
     host: str = "127.0.0.1"
     port: int = 8000
@@ -64,7 +64,6 @@ class Options:
     body_timeout: float = 20.0
     """Seconds in which a body must have come."""
     top_k: int = 5
-    """Classes of an answer."""
 
 
 class Batcher:
@@ -80,8 +79,7 @@ class Batcher:
         self.device = concurrent.futures.ThreadPoolExecutor(1)
         self.host = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
         self.arrived: asyncio.Queue[tuple[np.ndarray, asyncio.Future]] = asyncio.Queue()
-        self.waiting = 0
-        self.ready = False
+        self.waiting, self.ready = 0, False
 
     def compile(self) -> None:
         """Compiles every size of a batch."""
@@ -105,8 +103,7 @@ class Batcher:
 
     async def logits(self, crop: np.ndarray) -> np.ndarray:
         """The logits of one prepared image, float32 [K]."""
-        answer = asyncio.get_running_loop().create_future()
-        await self.arrived.put((crop, answer))
+        self.arrived.put_nowait((crop, answer := asyncio.get_running_loop().create_future()))
         return await answer
 
     async def run(self) -> None:
@@ -174,9 +171,9 @@ class Service:
         with self.batcher.admitted(len(bodies)):
             results = await asyncio.gather(*(self.one(body, wants_map) for body in bodies))
         SECONDS.observe(time.perf_counter() - start)
+        self.answered += 1
         status = 400 if all("error" in row for row in results) else 200
         REQUESTS.labels(str(status)).inc()
-        self.answered += 1
         rows = [{"name": name} | row for name, row in zip(names, results, strict=True)]
         return JSONResponse({"results": rows} | ({"error": rows[0]["error"]} if status == 400 else {}), status)
 
@@ -210,7 +207,7 @@ class Service:
         except ImageError as error:
             return {"error": str(error)}
         best = most_probable(await self.batcher.logits(crop), self.top_k, classifier.labels, classifier.synsets)
-        found: dict[str, Any] = {"predictions": [prediction._asdict() for prediction in best]}
+        found = {"predictions": [prediction._asdict() for prediction in best]}
         if wants_map:
             found["map"] = await loop.run_in_executor(self.batcher.device, self.map, body, crop, best[0].index)
         return found
@@ -227,8 +224,10 @@ class Service:
     def map(self, body: bytes, crop: np.ndarray, index: int) -> str:
         """A Grad-CAM over the image, as a data URL."""
         transform = self.batcher.classifier.transform
-        stage = max(1, len(self.model.stages) - 1)
-        values = explain.grad_cam(self.model, transform.normalize(crop[None]), index=stage, classes=[index])
+        # the last stage whose map is fine enough to show a place
+        fine = [info.index for info in self.model.feature_info[1:] if len(crop) >= 4 * info.reduction]
+        images, stage = transform.normalize(crop[None]), max(fine, default=1)
+        values = explain.grad_cam(self.model, images, index=stage, classes=[index])
         picture = explain.overlay(Image.open(io.BytesIO(body)), np.asarray(values)[0], transform=transform)
         picture.thumbnail((800, 800))
         picture.save(file := io.BytesIO(), "JPEG", quality=85)
