@@ -26,6 +26,7 @@ def test_the_notebooks_are_found() -> None:
         "03_port_your_weights",
         "06_change_the_block",
         "07_dense_prediction",
+        "08_scaling",
     ]
 
 
