@@ -31,8 +31,8 @@ CONFIGS = {
     "b": TINY.replace(split_expand=True, outer_activation="silu"),
     "large stem": TINY.replace(stem_kernel=7, residual_width=256),
     "dpn_tiny": VARIANTS["dpn_tiny"].replace(num_classes=5),
-    "dpn48b": VARIANTS["dpn48b"].replace(num_classes=5, global_pool="catavgmax"),
-    "one channel": VARIANTS["dpn_tiny"].replace(num_classes=5, in_channels=1, global_pool="max"),
+    "another pool": TINY.replace(global_pool="catavgmax"),
+    "one channel": TINY.replace(in_channels=1, global_pool="max"),
 }
 
 
