@@ -6,6 +6,7 @@ where stages are counted from 2 and a projection's name contains its stride; our
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -69,6 +70,17 @@ def name_table(config: DPNConfig) -> tuple[Entry, ...]:
     Source: `timm.models.dpn.DPN.__init__`.
     """
     return tuple(_entries(config))
+
+
+def parameter_count(config: DPNConfig) -> int:
+    """Parameters of an architecture, the norms' running statistics not among them.
+
+    Example:
+      >>> from dpn_jax.config import VARIANTS
+      >>> parameter_count(VARIANTS["dpn92"])
+      37668392
+    """
+    return sum(math.prod(entry.timm_shape) for entry in name_table(config) if entry.is_parameter)
 
 
 def _entries(config: DPNConfig) -> Iterator[Entry]:

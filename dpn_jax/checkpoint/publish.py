@@ -12,6 +12,7 @@ from flax import nnx
 from dpn_jax.checkpoint.card import CardFacts, model_card
 from dpn_jax.checkpoint.hub import hub_id
 from dpn_jax.checkpoint.save import convert, save
+from dpn_jax.checkpoint.timm_config import FIELDS
 from dpn_jax.checkpoint.write import write_atomically
 from dpn_jax.config import VARIANTS, DPNConfig, variant_of
 from dpn_jax.errors import CheckpointError, shown
@@ -167,22 +168,14 @@ def timm_config(
     args: dict[str, Any] = {}
     if not known:
         variant = "dpn68b" if config.split_expand else "dpn92"
-        args = {
-            "small": small,
-            "num_init_features": config.stem_features,
-            "k_r": config.bottleneck_width,
-            "groups": config.groups,
-            "b": config.split_expand,
-            "k_sec": list(config.depths),
-            "inc_sec": list(config.dense_increments),
-            "act_layer": config.outer_activation,
-        }
-    if config.global_pool != "avg":
-        args["global_pool"] = config.global_pool
+        args = {"small": small}
+    # whatever differs from the variant, which only a custom architecture does in its body
+    base = VARIANTS[variant]
+    args |= {
+        name: getattr(config, ours) for name, ours in FIELDS.items() if getattr(config, ours) != getattr(base, ours)
+    }
     if config.in_channels != 3:
         args["in_chans"] = config.in_channels
-    if config.drop_rate:
-        args["drop_rate"] = config.drop_rate
     size = preprocessing.height, preprocessing.width
     found = {
         "architecture": variant,

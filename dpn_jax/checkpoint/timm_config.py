@@ -10,7 +10,7 @@ from dpn_jax.errors import CheckpointError, reason, shown
 from dpn_jax.pretrained import Preprocessing
 
 _MAX_CLASSES = 1_000_000
-_FIELDS = {
+FIELDS = {
     "k_sec": "depths",
     "inc_sec": "dense_increments",
     "k_r": "bottleneck_width",
@@ -119,8 +119,8 @@ def _changes(args: Mapping[str, Any]) -> dict[str, Any]:
         elif name == "small":
             small = _get(args, name, bool, False)
             changes |= {"stem_kernel": 3 if small else 7, "residual_width": 64 if small else 256}
-        elif name in _FIELDS:
-            changes[_FIELDS[name]] = _get(args, name, bool, None) if name == "b" else value
+        elif name in FIELDS:
+            changes[FIELDS[name]] = _get(args, name, bool, None) if name == "b" else value
         else:
             raise ValueError(f"its model_args has {name!r}, which is not supported")
     return changes

@@ -3,13 +3,12 @@
 import contextlib
 import dataclasses
 import importlib.util
-import math
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from dpn_jax.checkpoint.names import name_table
+from dpn_jax.checkpoint.names import parameter_count
 from dpn_jax.cli.options import DEFAULT_TAG, ClassifierOptions, option
 from dpn_jax.cli.output import (
     DONE,
@@ -101,8 +100,7 @@ class Evaluate(ClassifierOptions):
         settings, published = classifier.transform.preprocessing, self._published()
         facts: dict[str, object] = {"model": self._name()}
         if classifier.config is not None:
-            sizes = (math.prod(entry.timm_shape) for entry in name_table(classifier.config) if entry.is_parameter)
-            facts["param_count"] = round(sum(sizes) / 1e6, 2)
+            facts["param_count"] = round(parameter_count(classifier.config) / 1e6, 2)
         return facts | {
             "img_size": settings.height,
             "crop_pct": settings.crop_fraction,

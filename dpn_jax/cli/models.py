@@ -1,10 +1,9 @@
 """`dpn-jax models`."""
 
 import dataclasses
-import math
 from collections.abc import Iterator
 
-from dpn_jax.checkpoint.names import name_table
+from dpn_jax.checkpoint.names import parameter_count
 from dpn_jax.cli.options import Command
 from dpn_jax.cli.output import DONE, Format, describe, print_rows, text_table
 from dpn_jax.config import VARIANTS
@@ -32,7 +31,7 @@ class Models(Command):
             config = tag.config if tag else VARIANTS[variant]
             settings = tag.preprocessing if tag else default_preprocessing(config)
             size = {
-                "parameters": sum(math.prod(entry.timm_shape) for entry in name_table(config) if entry.is_parameter),
+                "parameters": parameter_count(config),
                 "gmacs": round(config.multiply_adds(settings.height, settings.width) / 1e9, 3),
             }
             accuracy = {key: getattr(tag, key) if tag else None for key in ("top1", "top5", "data")}

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -88,7 +88,7 @@ def collect(
     read: list[int] = []
     failures: list[ImageError] = []
     logits: list[np.ndarray] = []
-    for index, row in enumerate(_as_many(rows, count)):
+    for row, index in zip(rows, range(count), strict=True):
         if isinstance(row, ImageError):
             failures.append(row)
             continue
@@ -98,7 +98,7 @@ def collect(
         if left_out[label]:
             raise ValueError(f"item {index}: its class, {names[label]!r}, is not among valid_labels")
         read.append(index)
-        logits.append(np.where(left_out, -np.inf, row).astype(np.float32))
+        logits.append(np.where(left_out, np.float32(-np.inf), row))
     return Evaluation(
         class_names=names,
         files=tuple(f"item {index}" if files is None else files[index] for index in read),
@@ -108,8 +108,3 @@ def collect(
         failures=tuple(failures),
         answers=None if answers is None else tuple(frozenset(answers[index]) for index in read),
     )
-
-
-def _as_many(rows: Iterable[np.ndarray | ImageError], count: int) -> Iterator[np.ndarray | ImageError]:
-    for row, _ in zip(rows, range(count), strict=True):
-        yield row

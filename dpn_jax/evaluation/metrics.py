@@ -121,7 +121,7 @@ class Evaluation:
         """int [N]: the most probable class of each image."""
         return self.logits.argmax(axis=1)
 
-    @property
+    @functools.cached_property
     def confidences(self) -> np.ndarray:
         """float64 [N]: the probability of the most probable class."""
         return self._confidences(1.0)

@@ -79,6 +79,9 @@ class Runner:
           RunError, DataError: as `stream_in_processes`.
         """
 
+        if jax.process_count() == 1:  # nothing to encode
+            return self.stream_logits(images, prepared=prepared, total=len(images))
+
         def work(indices: Iterator[int]) -> Iterator[str | list[str]]:
             mine = (images[index] for index in indices)
             for row in self.stream_logits(mine, prepared=prepared, total=len(images)):
