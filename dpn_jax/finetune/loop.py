@@ -241,8 +241,7 @@ class Training:
         now = time.monotonic()
         rate, self._since = images / (now - self._since), now
         bar.set_postfix({"epoch": f"{row['epoch']:.1f}", "loss": row["loss"], "accuracy": f"{row['accuracy']:.1%}"})
-        on_first(lambda: log.write(row, images_per_second=rate))
-        self._call_back(row)
+        on_first(lambda: self._tell(log, row, images_per_second=rate))
 
     def _validate(self, log: Log | None) -> bool:
         """Measures the state on the validation images; False if asked to stop meanwhile."""
@@ -265,8 +264,7 @@ class Training:
         metric = self.config.metric
         if self.best is None or quality(row, metric) > quality(self.best, metric):
             self.best = row
-        on_first(lambda: log.write(row))
-        self._call_back(row)
+        on_first(lambda: self._tell(log, row))
         self._note(
             f"epoch {row['epoch']:.0f} of {self.config.epochs}: validation loss {row['loss']:.4f}, "
             f"accuracy {row['accuracy']:.2%}{', the best so far' if self.best is row else ''}"
@@ -284,8 +282,10 @@ class Training:
             self._note(f"no better validation for {waited} epochs: training ends (patience {patience})")
         return waited >= patience
 
-    def _call_back(self, row: Row) -> None:
-        for callback in self._callbacks if is_first() else ():
+    def _tell(self, log: Log, row: Row, **for_tensorboard: float) -> None:
+        """In process 0; where a callback fails, all processes hear of it."""
+        log.write(row, **for_tensorboard)
+        for callback in self._callbacks:
             callback(dict(row))
 
     def _row(self, split: str, means: dict[str, float]) -> Row:
