@@ -90,7 +90,7 @@ class DualPathBlock(nnx.Module):
       rngs: source of the initial values; None leaves them abstract.
       options: `dtype` and `param_dtype`, see `DPN`.
 
-    Source: paper Section 3.3; `timm.models.dpn.DualPathBlock`.
+    Source: paper Section 4.2; `timm.models.dpn.DualPathBlock`.
     """
 
     def __init__(

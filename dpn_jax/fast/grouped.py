@@ -116,7 +116,7 @@ def grouped_conv(
       >>> bool(jnp.allclose(plain, grouped_conv(x, kernel, groups=32, formulation=Merged(32))))
       True
 
-    Source: paper Section 3.3 (the grouped middle layer); `torch.nn.functional.conv2d(groups=)`.
+    Source: paper Section 4.2 (the grouped middle layer); `torch.nn.functional.conv2d(groups=)`.
     """
     if x.ndim != 4 or kernel.shape[:2] != (3, 3) or kernel.shape[2] * groups != x.shape[-1] or kernel.shape[3] % groups:
         raise ValueError(f"x {x.shape} and kernel {kernel.shape} do not fit a 3x3 convolution of {groups} groups")
