@@ -3,7 +3,7 @@
 import dataclasses
 import numbers
 import sys
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from dpn_jax.config import VARIANTS, DPNConfig, is_int, unknown_name_message, variant_of
 
@@ -83,6 +83,18 @@ class Preprocessing:
     def width(self) -> int:
         """Width of the prepared images, pixels."""
         return self.image_size[1] if isinstance(self.image_size, tuple) else self.image_size
+
+    def for_channels(self, channels: int) -> Self:
+        """The same for images of another number of channels, of which each gets the average mean and deviation.
+
+        Example:
+          >>> Preprocessing(mean=(0.25, 0.5, 0.75), std=(0.5, 0.5, 0.5)).for_channels(1).mean
+          (0.5,)
+        """
+        if channels == len(self.mean):
+            return self
+        mean, std = (sum(values) / len(values) for values in (self.mean, self.std))
+        return dataclasses.replace(self, mean=(mean,) * channels, std=(std,) * channels)
 
 
 def _is_number(value: object) -> bool:
@@ -183,11 +195,7 @@ def default_preprocessing(config: DPNConfig) -> Preprocessing:
     """
     tags = [tag for tag in PRETRAINED.values() if tag.variant == variant_of(config)]
     preprocessing = tags[-1].preprocessing if tags else Preprocessing()
-    if config.in_channels != 3:
-        mean, std = sum(preprocessing.mean) / 3, sum(preprocessing.std) / 3
-        channels = config.in_channels
-        preprocessing = dataclasses.replace(preprocessing, mean=(mean,) * channels, std=(std,) * channels)
-    return preprocessing
+    return preprocessing.for_channels(config.in_channels)
 
 
 def get_config(name: str) -> DPNConfig:

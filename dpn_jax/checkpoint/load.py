@@ -85,7 +85,10 @@ def from_pretrained(
     structure, abstract = _abstract(body, jnp.dtype(dtype), jnp.dtype(param_dtype), remat)
     state = {path: variable.replace(arrays[dotted(path)]) for path, variable in abstract}
     built = nnx.merge(structure, nnx.from_flat_state(state))
-    built.provenance = checkpoint.provenance
+    preprocessing = checkpoint.provenance.preprocessing
+    built.provenance = checkpoint.provenance._replace(
+        preprocessing=preprocessing and preprocessing.for_channels(config.in_channels)
+    )
     if fresh_head:
         built.reset_classifier(config.num_classes, rngs=rngs)
     if config.drop_rate:

@@ -194,6 +194,14 @@ def test_input_channels_as_timm_adapts_them(
     assert model.config.in_channels == channels
 
 
+def test_adapted_to_gray_the_photos_are_prepared_gray() -> None:
+    classifier = dpn_jax.Classifier.from_pretrained("dpn_tiny.digits", in_channels=1)
+    digits = sorted((Path(__file__).parents[2] / "samples" / "digits").glob("*.png"))
+    right = [best.label == path.stem for (best,), path in zip(classifier(digits, top_k=1), digits, strict=True)]
+    assert sum(right) >= 8  # of ten: the sum of the kernels is not the same function
+    assert classifier.transform(digits[0]).shape == (32, 32, 1)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 @pytest.mark.parametrize("channels", [1, 4])
 def test_input_channels_keep_the_dtype(dtype: str, channels: int, timm: ModuleType) -> None:
