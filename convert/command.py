@@ -1,5 +1,6 @@
 """Runs a script as the `dpn-jax` command runs: an error is one line, never a traceback."""
 
+import sys
 from collections.abc import Callable, Sequence
 
 import tyro
@@ -19,6 +20,8 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
     """
 
     def call(words: list[str]) -> int:
-        return tyro.cli(main, args=words, config=(tyro.conf.FlagCreatePairsOff,)) or 0
+        run_as = getattr(sys.modules["__main__"], "__spec__", None)  # argv[0] of `python -m` is a path
+        prog = f"python -m {run_as.name}" if run_as else None
+        return tyro.cli(main, prog=prog, args=words, config=(tyro.conf.FlagCreatePairsOff,)) or 0
 
     return guarded(call, arguments)

@@ -47,6 +47,7 @@ nb_execution_mode = "off"  # the notebooks' tests run them
 nb_merge_streams = True
 
 autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 python_use_unqualified_type_names = True

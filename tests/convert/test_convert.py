@@ -1,5 +1,7 @@
 """The scripts in `convert/`."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +71,14 @@ def test_verify_notices_a_wrong_port(
 
 def _copy_instead(source: str, destination: Path, **_: object) -> None:
     destination.write_bytes(Path(source).read_bytes())
+
+
+def test_help_names_the_command_and_no_path() -> None:
+    command = [sys.executable, "-m", "convert.verify", "--help"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True, timeout=300
+    )
+    assert done.stdout.startswith("usage: python -m convert.verify ")
 
 
 def test_a_missing_checkpoint_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
