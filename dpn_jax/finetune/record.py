@@ -27,6 +27,16 @@ _VERSIONS = ("dpn-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "nu
 
 
 @dataclasses.dataclass(frozen=True)
+class Instance:
+    """What is known of a model that a run was given itself."""
+
+    digest: str
+    """SHA-256 of its initial values."""
+    changes: dict[str, str]
+    """How it differs from a stock one, see `dpn_jax.stock.changes`."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Record:
     """What a run depends on, besides its images."""
 
@@ -40,6 +50,8 @@ class Record:
     architecture: DPNConfig
     preprocessing: Preprocessing
     class_names: tuple[str, ...]
+    instance: Instance | None = None
+    """Of a run that started from a model instance: its values are not in the folder before the first checkpoint."""
 
     @classmethod
     def from_json(cls, output: Path, fields: Mapping[str, Any]) -> Self:
@@ -59,6 +71,7 @@ class Record:
                     **{name: _as_tuple(value) for name, value in fields["preprocessing"].items()}
                 ),
                 class_names=tuple(fields["class_names"]),
+                instance=Instance(**fields["instance"]) if fields.get("instance") else None,
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             what = "damaged, or written by another version of dpn_jax"

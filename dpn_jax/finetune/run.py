@@ -56,7 +56,7 @@ def finetune(
     config: FinetuneConfig | None = None,
     *,
     source: str | Path | DPNConfig | None = None,
-    model: str | None = None,
+    model: str | DPN | None = None,
     revision: str | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -79,7 +79,12 @@ def finetune(
         then follows the schedule of their number from here.
       source: a tag, hub id or file of the initial weights; or a variant ('dpn68b') or an architecture for random
         weights. A resumed run knows its own.
-      model, revision: as for `from_pretrained`.
+      model: the model to start from, in place of a source; it is copied and not changed. A changed one (own blocks,
+        norms, head) trains in the plain form, `FinetuneConfig(fast=False)`; its result is restored by
+        `load(path, into=model)`. Its dropout becomes `config.drop_rate`. It keeps its classifier if it has as many
+        classes and no other names for them. Or, with a source, the name of its architecture, as for `from_pretrained`.
+        A resumed run needs the model again if it is changed, and where there is no checkpoint yet.
+      revision: as for `from_pretrained`.
       resume: continue from the newest checkpoint in `output`.
       progress: show a progress bar if stderr is a terminal.
       note: called with each message, a line.
@@ -99,10 +104,23 @@ def finetune(
 
         run = finetune("digits", "run", FinetuneConfig(epochs=5, image_size=32), source="dpn68b")
         classifier = dpn_jax.Classifier.from_pretrained(run.weights)
+
+      A model of one's own, with a block of one's own::
+
+        model = dpn_jax.create_model("dpn68b", num_classes=10, block=MyBlock, rngs=nnx.Rngs(0))
+        run = finetune("digits", "run", FinetuneConfig(fast=False, image_size=32), model=model)
+        dpn_jax.load(run.weights, into=model)
     """
     _check_installed()
+    if isinstance(model, DPN):
+        if source is not None or revision is not None:
+            name, value = ("revision", revision) if source is None else ("source", source)
+            raise ValueError(f"model= is the model itself, with its weights; {name}={value!r} cannot be given with it")
+        source, model = model, None
+    elif not isinstance(model, str | None):
+        raise ValueError(f"model must be a DPN or the name of an architecture, got a {type(model).__name__}")
     if not resume and (folder is None or source is None):
-        raise ValueError("a new run needs a folder of images and a source of its weights")
+        raise ValueError("a new run needs a folder of images and a source of its weights (source= or model=)")
     output = local_path(output, error=RunError)
     say = note if is_first() else logger.debug
     with contextlib.ExitStack() as stack:

@@ -19,7 +19,7 @@ from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.data import Batch
 from dpn_jax.finetune.mixup import mix
 from dpn_jax.finetune.optimizer import learning_rate_of, updates_of
-from dpn_jax.finetune.parameters import frozen_norms, trainable
+from dpn_jax.finetune.parameters import trainable, training_mode
 from dpn_jax.inference.program import normalize
 from dpn_jax.model import DPN
 from dpn_jax.pretrained import Preprocessing, default_preprocessing
@@ -95,7 +95,7 @@ class TrainState:
             raise ValueError(
                 f"preprocessing has {len(preprocessing.mean)} channels and the model {model.config.in_channels}"
             )
-        graphdef, params, statistics = _training_mode(model, config)
+        graphdef, params, statistics = training_mode(model, config)
         dtype = model.dtype if model.dtype.itemsize >= 4 else np.dtype(np.float32)
         state = cls(
             step=jnp.zeros((), jnp.int32),
@@ -242,20 +242,6 @@ def _eval_step(
 def _forward(model: DPN, images: jax.Array, config: FinetuneConfig) -> jax.Array:
     """Logits of training and evaluation alike."""
     return fast_apply(model, images) if config.fast else model(images)
-
-
-def _training_mode(model: DPN, config: FinetuneConfig) -> tuple[nnx.GraphDef[DPN], nnx.State, nnx.State]:
-    """Splits a copy of the model in training mode; frozen norms stay in eval mode."""
-    frozen = frozen_norms(config, model)
-    model = nnx.clone(model)
-    model.config = model.config.replace(drop_rate=config.drop_rate)
-    model.dropout = nnx.Dropout(config.drop_rate)  # each step sets its random key
-    model.train()
-    for path, module in nnx.iter_modules(model):
-        if ".".join(map(str, path)) in frozen:
-            module.use_running_average = True
-    graphdef, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
-    return graphdef, nnx.as_pure(params), nnx.as_pure(statistics)
 
 
 def _checked(batch: Batch, architecture: DPNConfig) -> Batch:
