@@ -9,7 +9,8 @@ import jax
 from dpn_jax.errors import DivergedError
 from dpn_jax.finetune.config import Metric
 from dpn_jax.finetune.data import Batch
-from dpn_jax.finetune.step import Metrics, TrainState, eval_step
+from dpn_jax.finetune.loss import Metrics
+from dpn_jax.finetune.step import TrainState, eval_step
 
 Row = dict[str, Any]
 """A line of `metrics.jsonl`: `split`, `step`, and numbers by name."""

@@ -129,7 +129,7 @@ def finetune(
         start = (resumed if resume else new)(output, config, given, say)
         record, images, config, mesh = start.record, start.images, start.record.config, data_mesh()
         train, val = _batches(images, config, start.model, mesh)
-        state = replicate(_initial_state(config, start.model, train), mesh)
+        state = replicate(_initial_state(config, start.model, train, images.train.labels), mesh)
         if not resume:
             on_first(lambda: start.write(output))
         interruption = stack.enter_context(catch_interruption())
@@ -191,9 +191,9 @@ def _batches(images: Images, config: FinetuneConfig, model: DPN, mesh: Mesh) -> 
     )
 
 
-def _initial_state(config: FinetuneConfig, model: DPN, train: BatchIterator) -> TrainState:
+def _initial_state(config: FinetuneConfig, model: DPN, train: BatchIterator, labels: Sequence[int]) -> TrainState:
     tx = make_optimizer(config, model, batches_per_epoch=train.per_epoch)
-    return TrainState.create(model, tx, config)
+    return TrainState.create(model, tx, config, labels=labels)
 
 
 @contextlib.contextmanager
