@@ -100,6 +100,9 @@ class FinetuneConfig:
     """Which validation is the best: the one with the highest accuracy, or with the lowest loss."""
     patience: int | None = None
     """Epochs without a better validation after which training ends. Defaults to training all epochs."""
+    log_layers: bool = False
+    """Write the gradient norm and the learning rate of each layer into the metrics too: of the stem, each block, the
+    last norm and the classifier."""
     checkpoint_every: int | None = None
     """Updates between checkpoints. Defaults to one checkpoint at the end of each epoch."""
     keep: int = 2

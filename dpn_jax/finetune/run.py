@@ -17,7 +17,8 @@ from dpn_jax.config import DPNConfig
 from dpn_jax.errors import RunError, reason
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.data import BatchIterator, batches
-from dpn_jax.finetune.loop import Training, catch_interruption
+from dpn_jax.finetune.interruption import catch_interruption
+from dpn_jax.finetune.loop import Training
 from dpn_jax.finetune.metrics import Row
 from dpn_jax.finetune.optimizer import learning_rate, make_optimizer
 from dpn_jax.finetune.record import opened, write_record

@@ -17,6 +17,7 @@ from dpn_jax.fast.plan import compiler_options
 from dpn_jax.fast.training import fast_apply
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.data import Batch
+from dpn_jax.finetune.layerwise import layer_norms
 from dpn_jax.finetune.loss import Metrics, batch_metrics, class_weights
 from dpn_jax.finetune.mixup import mix
 from dpn_jax.finetune.optimizer import learning_rate_of, updates_of
@@ -152,7 +153,8 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     Returns:
       The next state, and `loss` (the training loss, with label smoothing, mixing and class weights), `correct`,
       `correct5` (against the most probable class of the target), `count`, `gradient_norm` (before clipping, without
-      frozen parameters) and `learning_rate` (of the last update; NaN if `tx` is not from `make_optimizer`).
+      frozen parameters) and `learning_rate` (of the last update; NaN if `tx` is not from `make_optimizer`); with
+      `config.log_layers` also `gradient_norm/<layer>` for each layer.
 
     Raises:
       ValueError: the batch does not fit the model.
@@ -229,6 +231,8 @@ def _train_step(state: TrainState, batch: Batch, sharding: NamedSharding | None)
     step = state.step + 1
     ema = state.ema and _average(state.ema, (params, statistics), config, *updates_of(optimizer, step))
     metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": learning_rate_of(optimizer)}
+    if config.log_layers:
+        metrics |= {f"gradient_norm/{name}": norm for name, norm in layer_norms(gradients).items()}
     return _constrain((TrainState(step, params, statistics, optimizer, ema, setup), metrics), sharding)
 
 
