@@ -197,8 +197,11 @@ def _thumbnail(source: LabeledImages, index: int) -> str:
 
 
 def _image(figure: "Figure", words: str) -> str:
+    import matplotlib
+
     file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "dpn_jax"}):  # the same figure, the same bytes
+        figure.savefig(file, format="svg", metadata={"Date": None})
     return f'<img class="figure" alt="{html.escape(words)}" src="{_data_url("image/svg+xml", file.getvalue())}">'
 
 

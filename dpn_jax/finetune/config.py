@@ -103,6 +103,9 @@ class FinetuneConfig:
     log_layers: bool = False
     """Write the gradient norm and the learning rate of each layer into the metrics too: of the stem, each block, the
     last norm and the classifier."""
+    report: bool = True
+    """Evaluate the best weights on the validation images at the end, and write a page with the worst mistakes, the
+    predictions and the confusion matrix into report/ in the run's folder."""
     checkpoint_every: int | None = None
     """Updates between checkpoints. Defaults to one checkpoint at the end of each epoch."""
     keep: int = 2

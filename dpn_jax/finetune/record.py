@@ -19,7 +19,9 @@ RECORD = "config.json"
 IMAGES = "images.json"
 LOCK = ".lock"
 
-_FREE = frozenset({"epochs", "workers", "keep", "checkpoint_every", "skip_broken", "skip_check", "remat", "patience"})
+_FREE = frozenset(
+    {"epochs", "workers", "keep", "checkpoint_every", "skip_broken", "skip_check", "remat", "patience", "report"}
+)
 """Options that may differ when a run is resumed."""
 _MOST_MISSING = 0.1
 """The largest fraction of a run's images that may be gone: beyond it, the folder is another one."""

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from dpn_jax.checkpoint.save import save
 from dpn_jax.config import DPNConfig
 from dpn_jax.errors import RunError, reason
+from dpn_jax.finetune.best import report_best
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.data import BatchIterator, batches
 from dpn_jax.finetune.interruption import catch_interruption
@@ -40,7 +41,7 @@ class Finetuned(NamedTuple):
     output: Path
     """The run's folder."""
     weights: Path | None
-    """The file of weights; None if the run was interrupted."""
+    """The file of weights; None if training was interrupted."""
     step: int
     """Batches seen."""
     steps: int
@@ -67,17 +68,18 @@ def finetune(
     """Trains a model on a folder of class folders, as `dpn-jax finetune` does.
 
     Writes `config.json`, `images.json`, `metrics.jsonl`, TensorBoard's events, checkpoints and, at the end,
-    `model.safetensors` (the state with the best validation; its moving average if `config.ema_decay` is set)
-    and `curves.png`. SIGTERM and Ctrl-C save a checkpoint and stop. On CPU a resumed run is bit-identical to an
-    uninterrupted one.
+    `model.safetensors` (the state with the best validation; its moving average if `config.ema_decay` is set),
+    `curves.png`, and `report/`: how these weights do on the validation images (`report.html`, `confusion.csv`,
+    `predictions.csv`, `results.json`), unless `config.report` is off. SIGTERM and Ctrl-C save a checkpoint and stop. On
+    CPU a resumed run is bit-identical to an uninterrupted one.
 
     Args:
       folder: `train/<class>/*` and `val/<class>/*`, or `<class>/*`, see `image_folder`; each may be packed, and they
         may be in a bucket ('gs://bucket/photos'). A resumed run knows its own.
       output: the run's folder on this machine, new or empty unless `resume` is set.
       config: the options; defaults to those of the resumed run, or to `FinetuneConfig()`. A resumed run may have other
-        `workers`, `keep`, `checkpoint_every`, `skip_broken` and `remat`, and more or fewer `epochs`: the learning rate
-        then follows the schedule of their number from here.
+        `workers`, `keep`, `checkpoint_every`, `skip_broken`, `report` and `remat`, and more or fewer `epochs`: the
+        learning rate then follows the schedule of their number from here.
       source: a tag, hub id or file of the initial weights; or a variant ('dpn68b') or an architecture for random
         weights. A resumed run knows its own.
       model: the model to start from, in place of a source; it is copied and not changed. A changed one (own blocks,
@@ -153,7 +155,11 @@ def finetune(
         ema = config.ema_decay is not None
         on_first(lambda: save(best.model(ema=ema), output / WEIGHTS, overwrite=True))
         say(f"{output / WEIGHTS}: the {'moving average of the ' if ema else ''}weights after step {step}")
-        return Finetuned(output, output / WEIGHTS, training.step, training.steps.total, training.best)
+        if config.report:
+            options = {"step": step, "interruption": interruption, "note": say}
+            report_best(output, lambda: best.model(ema=ema), images.val, config, **options)
+        by = interruption.signal
+        return Finetuned(output, output / WEIGHTS, training.step, training.steps.total, training.best, by)
 
 
 def _restore(training: Training, start: Start, say: Callable[[str], None]) -> None:

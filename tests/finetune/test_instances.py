@@ -24,7 +24,14 @@ from tests.support.models import values
 
 TINY = models.TINY.replace(depths=(1,), dense_increments=(4,), num_classes=3)
 CONFIG = FinetuneConfig(
-    epochs=2, batch_size=8, workers=0, optimizer="sgd", learning_rate=0.05, warmup_epochs=0, skip_check=True
+    epochs=2,
+    batch_size=8,
+    workers=0,
+    optimizer="sgd",
+    learning_rate=0.05,
+    warmup_epochs=0,
+    skip_check=True,
+    report=False,
 )
 PLAIN = dataclasses.replace(CONFIG, fast=False)
 

@@ -53,9 +53,10 @@ def test_plain_sgd_moves_each_layer_by_its_rate_times_its_norm() -> None:
 @pytest.mark.slow
 def test_a_run_writes_them_where_it_is_asked_to_and_trains_the_same(tmp_path: Path) -> None:
     images, weights = write_images(tmp_path / "images"), write_weights(tmp_path / "tiny.safetensors")
-    config = FinetuneConfig(epochs=1, batch_size=6, workers=0, layer_decay=0.5, skip_check=True, log_layers=True)
-    finetune(images, tmp_path / "layers", config, source=weights, progress=False)
-    finetune(images, tmp_path / "none", dataclasses.replace(config, log_layers=False), source=weights, progress=False)
+    config = FinetuneConfig(epochs=1, batch_size=6, workers=0, layer_decay=0.5, skip_check=True, report=False)
+    logged = dataclasses.replace(config, log_layers=True)
+    finetune(images, tmp_path / "layers", logged, source=weights, progress=False)
+    finetune(images, tmp_path / "none", config, source=weights, progress=False)
     layers, none = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("layers", "none"))
     assert not any("/" in name for row in none for name in row)
     assert [{name: value for name, value in row.items() if "/" not in name} for row in layers] == none

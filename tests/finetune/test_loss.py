@@ -145,7 +145,7 @@ def test_a_run_weighs_its_classes_in_training_only(tmp_path: Path) -> None:
     for index in range(3, 10):
         (images / "blue" / f"{index}.png").unlink()
     still = FinetuneConfig(
-        epochs=1, batch_size=18, workers=0, learning_rate=1e-30, freeze="backbone", skip_check=True, flip=0
+        epochs=1, batch_size=18, workers=0, learning_rate=1e-30, freeze="backbone", skip_check=True, report=False
     )
     options = {"none": "none", "balanced": "balanced", "explicit": (18 / (3 * 2), 18 / (3 * 8), 18 / (3 * 8))}
     rows = {}
