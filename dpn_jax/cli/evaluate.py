@@ -26,7 +26,7 @@ from dpn_jax.evaluation.classes import labeled_images, read_real_labels, read_va
 from dpn_jax.evaluation.evaluate import collect
 from dpn_jax.evaluation.metrics import Evaluation
 from dpn_jax.evaluation.published import published_for
-from dpn_jax.evaluation.report import require_new, summary, write_report
+from dpn_jax.evaluation.report import Predictions, require_new, summary, write_report
 from dpn_jax.images.sources import Unlabeled, are_crops
 from dpn_jax.inference.classifier import Classifier
 from dpn_jax.multihost import is_first, require_same, together
@@ -43,6 +43,8 @@ class Evaluate(ClassifierOptions):
     by `dpn-jax pack`; or is a file *.csv with columns image (paths) and label (such names)."""
     report: Annotated[str | None, option("FOLDER")] = None
     """Write a page with figures and the worst mistakes, and the predictions, there."""
+    predictions: Predictions = "csv"
+    """Write the predictions of the report as predictions.csv, or as predictions.parquet, which needs pyarrow."""
     force: bool = False
     """Write the report into a folder that is there already."""
     valid_labels: Annotated[str | None, option("FILE", "all classes")] = None
@@ -78,16 +80,21 @@ class Evaluate(ClassifierOptions):
             self._print(result)
             if report is not None:
                 title = f"{self._name()} on {shown(self.data)}"
-                write_report(result, report, source=images, facts=self._facts(classifier), title=title)
+                told = {"facts": self._facts(classifier), "title": title, "predictions": self.predictions}
+                write_report(result, report, source=images, **told)
                 note(f"the report is {shown(report / 'report.html')}")
         note_throughput(classifier.throughput)
         return SOME_FAILED if result.failures else DONE
 
     def _checked_report(self) -> Path | None:
         if self.report is None:
+            if self.predictions != "csv":
+                raise ValueError(f"--predictions {self.predictions} is of a report; name its folder: --report FOLDER")
             return None
         if importlib.util.find_spec("matplotlib") is None:
             raise DataError('--report draws figures with matplotlib: pip install "dpn-jax[explain]"')
+        if self.predictions == "parquet" and importlib.util.find_spec("pyarrow") is None:
+            raise DataError("--predictions parquet: pyarrow writes Parquet: pip install pyarrow, or --predictions csv")
         folder = local_path(self.report, error=DataError)
         require_new(folder, force=self.force)
         return folder

@@ -15,6 +15,7 @@ import tyro
 from dpn_jax.cli.options import ProcessOptions
 from dpn_jax.cli.output import DONE, INTERRUPTED, TERMINATED, note, text_table
 from dpn_jax.errors import DataError, RunError, reason, shown
+from dpn_jax.finetune.best import REPORT
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.record import Record, config_from_json, read_record
 from dpn_jax.finetune.report import CURVES, EVENTS, METRICS, read_metrics
@@ -145,6 +146,8 @@ def print_result(result: Finetuned) -> None:
     weights, output = shlex.quote(str(result.weights)), shlex.quote(str(result.output))
     print(text_table(head, body))
     print(f"curves: {shown(str(result.output / CURVES))}")
+    if (page := result.output / REPORT / "report.html").exists():
+        print(f"report: {shown(str(page))}")
     print(f"dpn-jax classify PHOTO_OR_FOLDER --weights {weights}")
     print(f"dpn-jax evaluate FOLDER --weights {weights}")
     hint = "" if importlib.util.find_spec("tensorboard") else "  # pip install tensorboard"

@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from dpn_jax.errors import DataError, reason, shown
-from dpn_jax.images.splits import ImageFolder, list_images
+from dpn_jax.errors import DataError, ImageError, reason, shown
+from dpn_jax.images.packed import is_packed
+from dpn_jax.images.splits import ImageFolder, from_table, list_images
+from dpn_jax.images.table import Problem, is_table, read_table
 from dpn_jax.paths import read_bytes, readable_path
 
 
@@ -35,7 +37,8 @@ def labeled_images(path: str | os.PathLike, classifier: ClassNames) -> ImageFold
       The images; their labels are indices of the classifier's.
 
     Raises:
-      ImageError: `list_images` fails; the message names the folder or file.
+      ImageError: `list_images` fails; the message names the folder or file. Of a CSV file it tells the first 20 of all
+        problems: lines that are not complete, images that are missing or named twice, and labels that are no class.
       ValueError: a class is not one of the model; the message names some of these and some of the classes.
 
     Example:
@@ -43,7 +46,16 @@ def labeled_images(path: str | os.PathLike, classifier: ClassNames) -> ImageFold
       Traceback (most recent call last):
       dpn_jax.errors.ImageError: no-such-folder: no such folder
     """
-    return relabeled(list_images(path), path, classifier)
+    root = readable_path(path, error=ImageError)
+    if is_packed(root) or not is_table(root):
+        return relabeled(list_images(path), path, classifier)
+    table = read_table(root)
+    known = _known(list(dict.fromkeys(row.label for row in table.rows)), classifier)
+    unknown = [
+        Problem(row.line, f"{row.label!r} is no class of the model") for row in table.rows if row.label not in known
+    ]
+    table.check([*table.missing(), *unknown], hint=f"; its classes are {_some(known, classifier)}" if unknown else "")
+    return relabeled(from_table(table), path, classifier)
 
 
 def relabeled(images: ImageFolder, name: str | os.PathLike, classifier: ClassNames) -> ImageFolder:
@@ -63,6 +75,19 @@ def class_indices(
     Raises:
       ValueError: a name is none of the model's classes; the message names `where`, and what it has as `noun`.
     """
+    known = _known(names, classifier)
+    if unknown := [name for name in names if name not in known]:
+        hint = "; to evaluate train or val, name that folder" if {"train", "val"} & set(unknown) else ""
+        raise ValueError(
+            f"{shown(where)}: {len(unknown)} of {len(names)} {noun} are not classes of the model: "
+            f"{', '.join(map(repr, unknown[:5]))}{', ...' if len(unknown) > 5 else ''}; "
+            f"its classes are {_some(known, classifier)}{hint}"
+        )
+    return known
+
+
+def _known(names: Sequence[str], classifier: ClassNames) -> dict[str, int]:
+    """The way of naming classes that knows the most of some names."""
     labels = [unicodedata.normalize("NFC", label) for label in classifier.labels]  # as class_folders names them
     # a label that two classes share, as ImageNet's crane the bird and crane the machine, names neither
     schemes = [{label: index for index, label in enumerate(labels) if labels.count(label) == 1}]
@@ -71,15 +96,11 @@ def class_indices(
     if not any(label.isdecimal() for label in labels):
         schemes.append({name: int(name) for name in names if name.isdecimal() and int(name) < len(labels)})
     known = max(schemes, key=lambda scheme: sum(name in scheme for name in names))
-    if unknown := [name for name in names if name not in known]:
-        some = ", ".join(map(repr, list(known or schemes[0])[:5]))
-        hint = "; to evaluate train or val, name that folder" if {"train", "val"} & set(unknown) else ""
-        raise ValueError(
-            f"{shown(where)}: {len(unknown)} of {len(names)} {noun} are not classes of the model: "
-            f"{', '.join(map(repr, unknown[:5]))}{', ...' if len(unknown) > 5 else ''}; "
-            f"its classes are {some}{', ...' if len(labels) > 5 else ''}{hint}"
-        )
-    return known
+    return known or schemes[0]
+
+
+def _some(known: Mapping[str, int], classifier: ClassNames) -> str:
+    return f"{', '.join(map(repr, list(known)[:5]))}{', ...' if len(classifier.labels) > 5 else ''}"
 
 
 def read_valid_labels(path: str | os.PathLike, classifier: ClassNames) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import json
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from dpn_jax.images.sources import LabeledImages, labeled_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Predictions = Literal["csv", "parquet"]
 
 _NAMED = 40
 """Classes that a figure names one by one; of more, it shows the distribution."""
@@ -65,7 +67,13 @@ def require_new(folder: Path, *, force: bool) -> None:
 
 
 def write_report(
-    result: Evaluation, folder: Path, *, source: LabeledImages, facts: Mapping[str, Any], title: str = "Evaluation"
+    result: Evaluation,
+    folder: Path,
+    *,
+    source: LabeledImages,
+    facts: Mapping[str, Any],
+    title: str = "Evaluation",
+    predictions: Predictions = "csv",
 ) -> None:
     """Writes `report.html`, `predictions.csv`, `confusion.csv` and `results.json`; needs matplotlib.
 
@@ -76,6 +84,8 @@ def write_report(
       facts: what was evaluated, in timm's words: 'model', 'param_count' (M), 'img_size', 'crop_pct', 'interpolation';
         and anything else that JSON can hold.
       title: of the page.
+      predictions: 'parquet' writes `predictions.parquet` in place of `predictions.csv`, with the same columns, whole
+        probabilities and `correct` as true and false; needs pyarrow. Of an earlier report the other one is removed.
 
     Raises:
       OSError: something cannot be written.
@@ -89,7 +99,13 @@ def write_report(
     row = {"model": facts.get("model"), **{key: round(value, 3) for key, value in timms.items()}, **facts}
     text = json.dumps({**row, **figures, **calibrated}, indent=2)
     _write(folder / "results.json", text + "\n")
-    _write(folder / "predictions.csv", _csv(_predictions(result)))
+    columns = _predictions(result)
+    if predictions == "parquet":
+        write_atomically(folder / "predictions.parquet", [_parquet(columns)])
+    else:
+        rows = (map(_written, row) for row in zip(*columns.values(), strict=True))
+        _write(folder / "predictions.csv", _csv([tuple(columns), *rows]))
+    (folder / f"predictions.{'csv' if predictions == 'parquet' else 'parquet'}").unlink(missing_ok=True)
     names = result.class_names
     _write(folder / "confusion.csv", _csv([("label", *names), *zip(names, *result.confusion.T.tolist(), strict=True)]))
     _write(folder / "report.html", _page(result, source, {**facts, **figures, **calibrated}, title))
@@ -105,14 +121,32 @@ def _csv(rows: Iterable[Sequence[object]]) -> str:
     return file.getvalue()
 
 
-def _predictions(result: Evaluation) -> Iterable[Sequence[object]]:
-    yield "file", "label", "prediction", "correct", "probability", "label_probability", "label_rank"
-    right = result.ranks == 0
-    likelihoods = np.exp(-result.losses)
+def _predictions(result: Evaluation) -> dict[str, list[Any]]:
+    """The columns of the table of predictions: a row for each image."""
     names = result.class_names
-    for row, (file, label, best) in enumerate(zip(result.files, result.labels, result.predictions, strict=True)):
-        probabilities = f"{result.confidences[row]:.6f}", f"{likelihoods[row]:.6f}"
-        yield printable(file), names[label], names[best], int(right[row]), *probabilities, int(result.ranks[row]) + 1
+    return {
+        "file": [printable(file) for file in result.files],
+        "label": [names[label] for label in result.labels],
+        "prediction": [names[best] for best in result.predictions],
+        "correct": (result.ranks == 0).tolist(),
+        "probability": result.confidences.tolist(),
+        "label_probability": np.exp(-result.losses).tolist(),
+        "label_rank": (result.ranks + 1).tolist(),
+    }
+
+
+def _written(value: object) -> object:
+    """How a CSV file has a value."""
+    return int(value) if isinstance(value, bool) else f"{value:.6f}" if isinstance(value, float) else value
+
+
+def _parquet(columns: Mapping[str, list[Any]]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    content = io.BytesIO()
+    pq.write_table(pa.table(dict(columns)), content)
+    return content.getvalue()
 
 
 def _page(result: Evaluation, source: LabeledImages, facts: Mapping[str, Any], title: str) -> str:
@@ -197,8 +231,11 @@ def _thumbnail(source: LabeledImages, index: int) -> str:
 
 
 def _image(figure: "Figure", words: str) -> str:
+    import matplotlib
+
     file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "dpn_jax"}):  # the same figure, the same bytes
+        figure.savefig(file, format="svg", metadata={"Date": None})
     return f'<img class="figure" alt="{html.escape(words)}" src="{_data_url("image/svg+xml", file.getvalue())}">'
 
 

@@ -8,6 +8,7 @@ from dpn_jax.finetune.checks import find_broken as find_broken
 from dpn_jax.finetune.config import FinetuneConfig as FinetuneConfig
 from dpn_jax.finetune.data import BatchIterator as BatchIterator
 from dpn_jax.finetune.data import batches as batches
+from dpn_jax.finetune.loss import class_weights as class_weights
 from dpn_jax.finetune.mixup import mix as mix
 from dpn_jax.finetune.optimizer import learning_rate as learning_rate
 from dpn_jax.finetune.optimizer import make_optimizer as make_optimizer

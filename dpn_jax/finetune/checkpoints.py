@@ -99,7 +99,7 @@ class Checkpoints:
         self._policy.policies = [self._newest, best_so_far]
         contents = ocp.args.Composite(
             state=ocp.args.PyTreeSave(arrays),
-            notes=ocp.args.JsonSave({"notes": notes, "digest": _digest(arrays, notes)}),
+            notes=ocp.args.JsonSave({"notes": notes, "digest": digest_of(arrays, notes)}),
         )
         try:
             with _errors_printed_once():
@@ -127,7 +127,7 @@ class Checkpoints:
             with _errors_printed_once():
                 read = self._manager.restore(step, args=contents)
             arrays, notes, digest = read.state, read.notes["notes"], read.notes["digest"]
-            intact = digest == _digest(arrays, notes)
+            intact = digest == digest_of(arrays, notes)
         except Exception as error:  # a damaged file raises any type
             raise RunError(f"{self.folder / str(step)}: the checkpoint cannot be read ({reason(error)})") from error
         if not intact:
@@ -206,7 +206,8 @@ def _named(tree: Tree) -> Iterator[tuple[str, Any]]:
         yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
 
 
-def _digest(arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> str:
+def digest_of(arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> str:
+    """SHA-256 of arrays, with their names, dtypes and shapes, and of JSON."""
     digest = hashlib.sha256(json.dumps(notes, sort_keys=True).encode())
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])

@@ -6,6 +6,7 @@ from typing import Literal
 Optimizer = Literal["sgd", "adamw", "lamb", "lion"]
 Norms = Literal["train", "frozen"]
 Sampling = Literal["shuffled", "balanced"]
+ClassWeights = Literal["none", "balanced"]
 Metric = Literal["accuracy", "loss"]
 
 
@@ -43,6 +44,9 @@ class FinetuneConfig:
     """Maximum norm of the gradient, beyond which it is scaled down. Defaults to no clipping."""
     label_smoothing: float = 0.1
     """Fraction of the target that is spread evenly over all classes, in [0, 1)."""
+    class_weights: ClassWeights | tuple[float, ...] = "none"
+    """Weights of the classes in the training loss: balanced is the inverse of their frequency, 1 in the mean over the
+    images; or a positive number for each class, in the order of their names. Validation has no weights."""
     mixup: float = 0.0
     """Alpha of mixup's beta distribution; 0 is off."""
     cutmix: float = 0.0
@@ -96,6 +100,12 @@ class FinetuneConfig:
     """Which validation is the best: the one with the highest accuracy, or with the lowest loss."""
     patience: int | None = None
     """Epochs without a better validation after which training ends. Defaults to training all epochs."""
+    log_layers: bool = False
+    """Write the gradient norm and the learning rate of each layer into the metrics too: of the stem, each block, the
+    last norm and the classifier."""
+    report: bool = True
+    """Evaluate the best weights on the validation images at the end, and write a page with the worst mistakes, the
+    predictions and the confusion matrix into report/ in the run's folder."""
     checkpoint_every: int | None = None
     """Updates between checkpoints. Defaults to one checkpoint at the end of each epoch."""
     keep: int = 2
@@ -144,3 +154,16 @@ class FinetuneConfig:
         ):  # fmt: skip
             if getattr(self, name) not in choices.__args__:
                 raise ValueError(f"{name} must be one of {choices.__args__}, got {getattr(self, name)!r}")
+        self._check_class_weights()
+
+    def _check_class_weights(self) -> None:
+        given, named = self.class_weights, ClassWeights.__args__
+        if isinstance(given, str) and given not in named:
+            raise ValueError(f"class_weights must be one of {named} or a number for each class, got {given!r}")
+        if not isinstance(given, str):
+            object.__setattr__(self, "class_weights", tuple(given))  # hashable, as the options of a step must be
+            for weight in self.class_weights:
+                if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+                    raise ValueError(f"class_weights must be positive numbers, got {weight!r}")
+        if given == "balanced" and self.sampling == "balanced":
+            raise ValueError("class_weights='balanced' and sampling='balanced' make up for the same twice; choose one")

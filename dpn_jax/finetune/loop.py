@@ -1,13 +1,9 @@
 """The training loop: steps, metrics, validation, checkpoints, stopping on a signal, resuming."""
 
 import contextlib
-import dataclasses
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -19,6 +15,8 @@ from dpn_jax.errors import DataError, DivergedError, RunError
 from dpn_jax.finetune.checkpoints import Checkpoints, Saved
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.data import BatchIterator
+from dpn_jax.finetune.interruption import Interruption
+from dpn_jax.finetune.layerwise import layer_rates
 from dpn_jax.finetune.metrics import Row, Window, quality, validate
 from dpn_jax.finetune.optimizer import StepCounts
 from dpn_jax.finetune.report import Log
@@ -28,47 +26,6 @@ from dpn_jax.multihost import any_of, broadcast_arrays, is_first, on_first, repl
 CHECKPOINTS = "checkpoints"
 _LOGS_PER_EPOCH = 20
 _STEPS_PER_LOG = 50
-
-
-@dataclasses.dataclass
-class Interruption:
-    """Whether a signal has asked the run to stop."""
-
-    signal: int | None = None
-    """Its number."""
-
-    @property
-    def requested(self) -> bool:
-        """Whether there was one."""
-        return self.signal is not None
-
-
-@contextlib.contextmanager
-def catch_interruption() -> Iterator[Interruption]:
-    """Turns SIGTERM and Ctrl-C into a request, so that the loop can save; a second Ctrl-C stops at once.
-
-    Only in the main thread: Python handles signals in no other.
-
-    Example:
-      >>> with catch_interruption() as interruption:
-      ...     signal.raise_signal(signal.SIGTERM)
-      ...     interruption.requested
-      True
-    """
-    interruption = Interruption()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if interruption.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        interruption.signal = number
-
-    in_main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT) if in_main}
-    try:
-        yield interruption
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Training:
@@ -116,7 +73,8 @@ class Training:
         self._interruption = interruption
         self._note = note
         self._callbacks = callbacks
-        self._window = Window()
+        depths = state.setup.architecture.depths
+        self._window = Window(layer_rates(config, state.params, depths) if config.log_layers else {})
         self._since = time.monotonic()
         self._checkpoints: Checkpoints | None = None  # in process 0 only, as the log
 

@@ -1,7 +1,8 @@
 """The metrics of training and validation steps, fetched late so that the device never waits for the host."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -9,7 +10,8 @@ import jax
 from dpn_jax.errors import DivergedError
 from dpn_jax.finetune.config import Metric
 from dpn_jax.finetune.data import Batch
-from dpn_jax.finetune.step import Metrics, TrainState, eval_step
+from dpn_jax.finetune.loss import Metrics
+from dpn_jax.finetune.step import TrainState, eval_step
 
 Row = dict[str, Any]
 """A line of `metrics.jsonl`: `split`, `step`, and numbers by name."""
@@ -19,6 +21,9 @@ _STEPS_IN_FLIGHT = 2
 
 class Window:
     """The metrics of the training steps since the last line of the log.
+
+    Args:
+      layers: the factor on the learning rate of each layer whose own metrics are wanted, see `layer_rates`.
 
     Example:
       >>> window = Window()
@@ -30,7 +35,8 @@ class Window:
       1.5
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Mapping[str, float] = MappingProxyType({})) -> None:
+        self._layers = layers
         self.sums: dict[str, float] = {}
         """Sums of the fetched metrics; JSON, so that a checkpoint can hold them."""
         self._pending: list[tuple[int, Metrics]] = []
@@ -65,6 +71,8 @@ class Window:
             "accuracy": sums["correct"] / sums["count"],
             "learning_rate": sums["learning_rate"],
             "gradient_norm": sums["gradient_norm"] / sums["steps"],
+            **{f"gradient_norm/{name}": sums[f"gradient_norm/{name}"] / sums["steps"] for name in self._layers},
+            **{f"learning_rate/{name}": sums["learning_rate"] * factor for name, factor in self._layers.items()},
         }
 
 

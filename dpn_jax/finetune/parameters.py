@@ -7,7 +7,6 @@ from flax import nnx
 from jax.tree_util import KeyPath
 
 from dpn_jax.finetune.config import FinetuneConfig
-from dpn_jax.layers import NormAct
 from dpn_jax.model import DPN
 
 Path = tuple[str | int, ...]
@@ -37,10 +36,12 @@ def decayed(params: Tree) -> Tree:
 def frozen_norms(config: FinetuneConfig, model: DPN) -> tuple[str, ...]:
     """The norms that use their running statistics in training and do not update them.
 
-    All of them for `norms="frozen"`; otherwise those whose parameters `freeze` does not train.
+    All of them for `norms="frozen"`; otherwise those whose parameters `freeze` does not train. A norm is any module
+    with statistics (`nnx.BatchStat`) of its own.
 
     Raises:
-      ValueError: `config.freeze` does not fit the model.
+      ValueError: `config.freeze` does not fit the model, or a norm that must be frozen has no `use_running_average`,
+        or is found by no name where the name decides what is trained.
 
     Example:
       >>> from dpn_jax import create_model
@@ -49,9 +50,48 @@ def frozen_norms(config: FinetuneConfig, model: DPN) -> tuple[str, ...]:
       ('stem.norm', 'stages.0.0.shortcut.norm', 'stages.0.0.reduce.norm')
     """
     check_freeze(config, model)
-    paths = sorted((path for path, module in nnx.iter_modules(model) if isinstance(module, NormAct)), key=_order)
+    norms = {path: module for path, module in nnx.iter_modules(model) if _is_norm(module)}
+    for path in norms:
+        if config.freeze == "weights" and not _is_trainable(config.freeze, (*path, "scale")):
+            raise ValueError(
+                f"freeze='weights' finds norms by the name 'norm'; give it to {_dotted(path)}, in its block"
+            )
+    paths = sorted(norms, key=_order)
     frozen = [p for p in paths if config.norms == "frozen" or not _is_trainable(config.freeze, (*p, "scale"))]
-    return tuple(".".join(map(str, path)) for path in frozen)
+    for path in frozen:
+        if not hasattr(norms[path], "use_running_average"):
+            name = type(norms[path]).__name__
+            raise ValueError(f"{_dotted(path)}, a {name}, cannot be frozen: it has no use_running_average to set")
+    return tuple(map(_dotted, frozen))
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(map(str, path))
+
+
+def _is_norm(module: nnx.Module) -> bool:
+    return any(isinstance(value, nnx.BatchStat) for value in vars(module).values())
+
+
+def training_mode(model: DPN, config: FinetuneConfig) -> tuple[nnx.GraphDef[DPN], nnx.State, nnx.State]:
+    """Splits a copy of a model in training mode, with the dropout of `config`; frozen norms stay in eval mode.
+
+    Raises:
+      ValueError: as `frozen_norms`, or it has variables of other types than parameters and statistics.
+    """
+    frozen = frozen_norms(config, model)
+    model = nnx.clone(model)
+    model.config = model.config.replace(drop_rate=config.drop_rate)
+    model.dropout = nnx.Dropout(config.drop_rate)  # each step sets its random key
+    model.train()
+    for path, module in nnx.iter_modules(model):
+        if _dotted(path) in frozen:
+            module.use_running_average = True
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Not((nnx.Param, nnx.BatchStat)))):
+        kinds = "parameters (nnx.Param) and norm statistics (nnx.BatchStat)"
+        raise ValueError(f"training moves {kinds} only, but {_dotted(path)} is a {type(variable).__name__}")
+    graphdef, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return graphdef, nnx.as_pure(params), nnx.as_pure(statistics)
 
 
 def check_freeze(config: FinetuneConfig, model: DPN) -> None:

@@ -19,11 +19,23 @@ RECORD = "config.json"
 IMAGES = "images.json"
 LOCK = ".lock"
 
-_FREE = frozenset({"epochs", "workers", "keep", "checkpoint_every", "skip_broken", "skip_check", "remat", "patience"})
+_FREE = frozenset(
+    {"epochs", "workers", "keep", "checkpoint_every", "skip_broken", "skip_check", "remat", "patience", "report"}
+)
 """Options that may differ when a run is resumed."""
 _MOST_MISSING = 0.1
 """The largest fraction of a run's images that may be gone: beyond it, the folder is another one."""
 _VERSIONS = ("dpn-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instance:
+    """What is known of a model that a run was given itself."""
+
+    digest: str
+    """SHA-256 of its initial values."""
+    changes: dict[str, str]
+    """How it differs from a stock one, see `dpn_jax.stock.changes`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +52,8 @@ class Record:
     architecture: DPNConfig
     preprocessing: Preprocessing
     class_names: tuple[str, ...]
+    instance: Instance | None = None
+    """Of a run that started from a model instance: its values are not in the folder before the first checkpoint."""
 
     @classmethod
     def from_json(cls, output: Path, fields: Mapping[str, Any]) -> Self:
@@ -59,6 +73,7 @@ class Record:
                     **{name: _as_tuple(value) for name, value in fields["preprocessing"].items()}
                 ),
                 class_names=tuple(fields["class_names"]),
+                instance=Instance(**fields["instance"]) if fields.get("instance") else None,
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             what = "damaged, or written by another version of dpn_jax"

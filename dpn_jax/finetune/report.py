@@ -19,7 +19,7 @@ METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
 CURVES = "curves.png"
 _TITLES = {
-    "loss": "loss (train: with smoothing and mixing)",
+    "loss": "loss (train: with smoothing, mixing, class weights)",
     "accuracy": "accuracy (train: on augmented images)",
     "learning_rate": "learning rate",
 }
@@ -111,7 +111,7 @@ def read_metrics(path: Path) -> list[Row]:
 def plot_curves(rows: Iterable[Row], path: Path) -> None:
     """Plots training and validation loss and accuracy, and the learning rate, over epochs.
 
-    The training loss is the one that is minimized, with label smoothing and mixing; the title says so.
+    The training loss is the one that is minimized, with label smoothing, mixing and class weights; the title says so.
 
     Args:
       rows: lines of `metrics.jsonl`.

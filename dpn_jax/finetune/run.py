@@ -15,9 +15,11 @@ from jax.sharding import Mesh
 from dpn_jax.checkpoint.save import save
 from dpn_jax.config import DPNConfig
 from dpn_jax.errors import RunError, reason
+from dpn_jax.finetune.best import report_best
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.data import BatchIterator, batches
-from dpn_jax.finetune.loop import Training, catch_interruption
+from dpn_jax.finetune.interruption import catch_interruption
+from dpn_jax.finetune.loop import Training
 from dpn_jax.finetune.metrics import Row
 from dpn_jax.finetune.optimizer import learning_rate, make_optimizer
 from dpn_jax.finetune.record import opened, write_record
@@ -39,7 +41,7 @@ class Finetuned(NamedTuple):
     output: Path
     """The run's folder."""
     weights: Path | None
-    """The file of weights; None if the run was interrupted."""
+    """The file of weights; None if training was interrupted."""
     step: int
     """Batches seen."""
     steps: int
@@ -56,7 +58,7 @@ def finetune(
     config: FinetuneConfig | None = None,
     *,
     source: str | Path | DPNConfig | None = None,
-    model: str | None = None,
+    model: str | DPN | None = None,
     revision: str | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -66,20 +68,26 @@ def finetune(
     """Trains a model on a folder of class folders, as `dpn-jax finetune` does.
 
     Writes `config.json`, `images.json`, `metrics.jsonl`, TensorBoard's events, checkpoints and, at the end,
-    `model.safetensors` (the state with the best validation; its moving average if `config.ema_decay` is set)
-    and `curves.png`. SIGTERM and Ctrl-C save a checkpoint and stop. On CPU a resumed run is bit-identical to an
-    uninterrupted one.
+    `model.safetensors` (the state with the best validation; its moving average if `config.ema_decay` is set),
+    `curves.png`, and `report/`: how these weights do on the validation images (`report.html`, `confusion.csv`,
+    `predictions.csv`, `results.json`), unless `config.report` is off. SIGTERM and Ctrl-C save a checkpoint and stop. On
+    CPU a resumed run is bit-identical to an uninterrupted one.
 
     Args:
       folder: `train/<class>/*` and `val/<class>/*`, or `<class>/*`, see `image_folder`; each may be packed, and they
         may be in a bucket ('gs://bucket/photos'). A resumed run knows its own.
       output: the run's folder on this machine, new or empty unless `resume` is set.
       config: the options; defaults to those of the resumed run, or to `FinetuneConfig()`. A resumed run may have other
-        `workers`, `keep`, `checkpoint_every`, `skip_broken` and `remat`, and more or fewer `epochs`: the learning rate
-        then follows the schedule of their number from here.
+        `workers`, `keep`, `checkpoint_every`, `skip_broken`, `report` and `remat`, and more or fewer `epochs`: the
+        learning rate then follows the schedule of their number from here.
       source: a tag, hub id or file of the initial weights; or a variant ('dpn68b') or an architecture for random
         weights. A resumed run knows its own.
-      model, revision: as for `from_pretrained`.
+      model: the model to start from, in place of a source; it is copied and not changed. A changed one (own blocks,
+        norms, head) trains in the plain form, `FinetuneConfig(fast=False)`; its result is restored by
+        `load(path, into=model)`. Its dropout becomes `config.drop_rate`. It keeps its classifier if it has as many
+        classes and no other names for them. Or, with a source, the name of its architecture, as for `from_pretrained`.
+        A resumed run needs the model again if it is changed, and where there is no checkpoint yet.
+      revision: as for `from_pretrained`.
       resume: continue from the newest checkpoint in `output`.
       progress: show a progress bar if stderr is a terminal.
       note: called with each message, a line.
@@ -99,10 +107,23 @@ def finetune(
 
         run = finetune("digits", "run", FinetuneConfig(epochs=5, image_size=32), source="dpn68b")
         classifier = dpn_jax.Classifier.from_pretrained(run.weights)
+
+      A model of one's own, with a block of one's own::
+
+        model = dpn_jax.create_model("dpn68b", num_classes=10, block=MyBlock, rngs=nnx.Rngs(0))
+        run = finetune("digits", "run", FinetuneConfig(fast=False, image_size=32), model=model)
+        dpn_jax.load(run.weights, into=model)
     """
     _check_installed()
+    if isinstance(model, DPN):
+        if source is not None or revision is not None:
+            name, value = ("revision", revision) if source is None else ("source", source)
+            raise ValueError(f"model= is the model itself, with its weights; {name}={value!r} cannot be given with it")
+        source, model = model, None
+    elif not isinstance(model, str | None):
+        raise ValueError(f"model must be a DPN or the name of an architecture, got a {type(model).__name__}")
     if not resume and (folder is None or source is None):
-        raise ValueError("a new run needs a folder of images and a source of its weights")
+        raise ValueError("a new run needs a folder of images and a source of its weights (source= or model=)")
     output = local_path(output, error=RunError)
     say = note if is_first() else logger.debug
     with contextlib.ExitStack() as stack:
@@ -111,7 +132,7 @@ def finetune(
         start = (resumed if resume else new)(output, config, given, say)
         record, images, config, mesh = start.record, start.images, start.record.config, data_mesh()
         train, val = _batches(images, config, start.model, mesh)
-        state = replicate(_initial_state(config, start.model, train), mesh)
+        state = replicate(_initial_state(config, start.model, train, images.train.labels), mesh)
         if not resume:
             on_first(lambda: start.write(output))
         interruption = stack.enter_context(catch_interruption())
@@ -134,7 +155,11 @@ def finetune(
         ema = config.ema_decay is not None
         on_first(lambda: save(best.model(ema=ema), output / WEIGHTS, overwrite=True))
         say(f"{output / WEIGHTS}: the {'moving average of the ' if ema else ''}weights after step {step}")
-        return Finetuned(output, output / WEIGHTS, training.step, training.steps.total, training.best)
+        if config.report:
+            options = {"step": step, "interruption": interruption, "note": say}
+            report_best(output, lambda: best.model(ema=ema), images.val, config, **options)
+        by = interruption.signal
+        return Finetuned(output, output / WEIGHTS, training.step, training.steps.total, training.best, by)
 
 
 def _restore(training: Training, start: Start, say: Callable[[str], None]) -> None:
@@ -173,9 +198,9 @@ def _batches(images: Images, config: FinetuneConfig, model: DPN, mesh: Mesh) -> 
     )
 
 
-def _initial_state(config: FinetuneConfig, model: DPN, train: BatchIterator) -> TrainState:
+def _initial_state(config: FinetuneConfig, model: DPN, train: BatchIterator, labels: Sequence[int]) -> TrainState:
     tx = make_optimizer(config, model, batches_per_epoch=train.per_epoch)
-    return TrainState.create(model, tx, config)
+    return TrainState.create(model, tx, config, labels=labels)
 
 
 @contextlib.contextmanager

@@ -9,16 +9,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from dpn_jax.checkpoint.load import from_pretrained
+from dpn_jax.checkpoint.load import dotted, from_pretrained, saved_values
 from dpn_jax.config import VARIANTS, DPNConfig, variant_of
-from dpn_jax.errors import DataError, shown
+from dpn_jax.errors import DataError, RunError, shown
+from dpn_jax.finetune.checkpoints import digest_of
 from dpn_jax.finetune.checks import find_broken
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.loop import CHECKPOINTS
 from dpn_jax.finetune.record import (
     IMAGES,
+    Instance,
     Record,
     config_from_json,
     find_images,
@@ -28,10 +31,12 @@ from dpn_jax.finetune.record import (
     write_record,
 )
 from dpn_jax.images.splits import ImageFolder, image_folders
+from dpn_jax.layers import Conv
 from dpn_jax.model import DPN, create_model
-from dpn_jax.multihost import gather, on_first
+from dpn_jax.multihost import gather, on_first, require_same
 from dpn_jax.paths import absolute, readable_path
 from dpn_jax.pretrained import PRETRAINED, Preprocessing, Provenance, default_preprocessing
+from dpn_jax.stock import changes, refuse_bound_methods, require_stock
 
 logger = logging.getLogger("dpn_jax")
 
@@ -47,13 +52,13 @@ class Given(NamedTuple):
     """What a run starts from, as the user gives it."""
 
     folder: str | Path | None
-    source: str | Path | DPNConfig | None
+    source: str | Path | DPNConfig | DPN | None
     model: str | None
     revision: str | None
 
     @property
     def start(self) -> dict[str, str | None]:
-        """What the record says of it; an architecture has a place of its own there."""
+        """What the record says of it; an architecture and an instance have places of their own there."""
         source = str(absolute(readable_path(self.source))) if isinstance(self.source, Path) else self.source
         return {
             "source": source if isinstance(source, str) else None,
@@ -114,6 +119,7 @@ def new(output: Path, config: FinetuneConfig | None, given: Given, say: Callable
         architecture=start.config,
         preprocessing=start.provenance.preprocessing,
         class_names=names,
+        instance=instance_of(start) if isinstance(given.source, DPN) else None,
     )
     return Start(record, images, start, broken)
 
@@ -133,22 +139,76 @@ def resumed(output: Path, config: FinetuneConfig | None, given: Given, say: Call
     found = find_images(on_first(lambda: read_images(output)), root, present, say)
     images = Images(*(dataclasses.replace(found[name], packed=split.packed) for name, split in now._asdict().items()))
     has_checkpoint = on_first(lambda: any(path.name.isdigit() for path in (output / CHECKPOINTS).glob("*")))
-    # without a checkpoint it starts anew, from the same weights
-    source = saved.architecture if has_checkpoint else given.source or saved.start["source"] or saved.architecture
     start = initial_model(
-        source,
+        _source_again(output, saved, given.source, has_checkpoint=has_checkpoint),
         config,
         saved.class_names,
         model=saved.start["model"],
         revision=saved.start["revision"],
         note=logger.debug,
     )
+    if isinstance(given.source, DPN):
+        _require_same_instance(output, saved, start, has_checkpoint=has_checkpoint)
     start.provenance = Provenance(saved.source, None, saved.preprocessing, saved.class_names)
     return Start(dataclasses.replace(saved, config=config, folder=str(root)), images, start, before=saved)
 
 
+def _source_again(
+    output: Path, saved: Record, given: str | Path | DPNConfig | DPN | None, *, has_checkpoint: bool
+) -> str | Path | DPNConfig | DPN:
+    """What the model of a resumed run is built from: without a checkpoint it starts anew, from the same weights.
+
+    Raises:
+      RunError: that must be given again, or must not be given.
+    """
+    if saved.instance is None:
+        if isinstance(given, DPN):
+            raise RunError(f"{shown(output)}: did not start from a model instance, so none can be given; drop model=")
+        return saved.architecture if has_checkpoint else given or saved.start["source"] or saved.architecture
+    if isinstance(given, DPN):
+        return given
+    again = "give it again, in Python: finetune(None, output, model=..., resume=True)"
+    if changed := saved.instance.changes:
+        path, change = next(iter(changed.items()))
+        raise RunError(f"{shown(output)}: started from a changed model ({path or 'the model'} {change}); {again}")
+    if not has_checkpoint:
+        raise RunError(f"{shown(output)}: no checkpoint yet, and it started from a model instance; {again}")
+    return saved.architecture
+
+
+def instance_of(model: DPN) -> Instance:
+    """What the record of a run says of the model that it was given itself, the same in all processes."""
+    digest = digest_of({dotted(path): np.asarray(value) for path, value in saved_values(model).items()}, {})
+    require_same([digest], "initial model")
+    return Instance(digest, changes(model))
+
+
+def _require_same_instance(output: Path, saved: Record, model: DPN, *, has_checkpoint: bool) -> None:
+    """Compares the model that a resumed run is given with the run's; its values count where no checkpoint has them.
+
+    Raises:
+      RunError: they differ.
+    """
+    now, before = instance_of(model), saved.instance
+    differences = [
+        f"{path or 'the model'} {new}; in the run it {old}"
+        for path in before.changes | now.changes
+        if (new := now.changes.get(path, "is stock")) != (old := before.changes.get(path, "is stock"))
+    ]
+    differences += [
+        f"its {field.name} is {new!r}; in the run it is {old!r}"
+        for field in dataclasses.fields(DPNConfig)
+        if field.name != "drop_rate"  # which training takes from its options
+        and (new := getattr(model.config, field.name)) != (old := getattr(saved.architecture, field.name))
+    ]
+    if not has_checkpoint and now.digest != before.digest:
+        differences.append("its initial values are others, and there is no checkpoint yet")
+    if differences:
+        raise RunError(f"{shown(output)}: cannot be resumed with another model=: {differences[0]}")
+
+
 def initial_model(
-    source: str | Path | DPNConfig,
+    source: str | Path | DPNConfig | DPN,
     config: FinetuneConfig,
     class_names: tuple[str, ...],
     *,
@@ -160,9 +220,10 @@ def initial_model(
 
     Args:
       source: a tag, hub id or file of weights, as for `from_pretrained`; or a variant ('dpn68b') or an architecture for
-        random weights, initialized from `config.seed`.
+        random weights, initialized from `config.seed`; or a model, which is copied.
       config: the options; `dtype`, `remat`, `seed` and `image_size` are used.
-      class_names: the classes. Weights of exactly these classes keep their classifier, others get a new one.
+      class_names: the classes. Weights of exactly these classes keep their classifier, others get a new one; a model
+        keeps it too where it has as many classes without names.
       model, revision: as for `from_pretrained`.
       note: called with a line about the weights.
 
@@ -179,9 +240,13 @@ def initial_model(
         name = source if isinstance(source, str) else variant_of(source) or "a DPN"
         note(f"{name} starts from random weights (seed {config.seed})")
     else:
-        built = from_pretrained(source, model=model, revision=revision, rngs=rngs, **options)
-        name = built.provenance.source or Path(source).name
-        if built.config.num_classes == len(class_names) and built.provenance.class_names == class_names:
+        if isinstance(source, DPN):
+            built, kept = _copied(source, config, len(class_names)), (class_names, None)
+            name = built.provenance.source or "the given model"
+        else:
+            built, kept = from_pretrained(source, model=model, revision=revision, rngs=rngs, **options), (class_names,)
+            name = built.provenance.source or Path(source).name
+        if built.config.num_classes == len(class_names) and built.provenance.class_names in kept:
             note(f"{name} has these {len(class_names)} classes: its classifier is kept")
         else:
             built.reset_classifier(len(class_names), rngs=rngs)
@@ -193,6 +258,38 @@ def initial_model(
     # neither hash nor file, which describe the initial weights only
     built.provenance = Provenance(source=name, preprocessing=preprocessing, class_names=class_names)
     return built
+
+
+def _copied(model: DPN, config: FinetuneConfig, classes: int) -> DPN:
+    """A copy of a model that is given itself.
+
+    Raises:
+      ValueError: it does not fit the options or the classes; one line that says what to do.
+    """
+    refuse_bound_methods(model)
+    if config.fast:
+        require_stock(model, "training in the fast form", "run the plain form: FinetuneConfig(fast=False)")
+    for name, wanted, way_out in (
+        (
+            "dtype",
+            config.dtype,
+            f"make it with dtype={config.dtype!r}, or set FinetuneConfig(dtype={model.dtype.name!r})",
+        ),
+        ("param_dtype", "float32", "make it with param_dtype='float32'; the arithmetic has its own dtype"),
+    ):
+        if getattr(model, name) != jnp.dtype(wanted):
+            raise ValueError(f"model= has {name} {getattr(model, name).name}, but training wants {wanted}: {way_out}")
+    if any(isinstance(value, jax.ShapeDtypeStruct) for value in saved_values(model).values()):
+        raise ValueError("model= is abstract, it has no values; make it with rngs=nnx.Rngs(0), or load it")
+    own = type(model.classifier)
+    if model.config.num_classes not in (0, classes) and own is not Conv:
+        raise ValueError(
+            f"model= has {model.config.num_classes} classes and a classifier of its own ({own.__name__}), but the "
+            f"images have {classes}: make it with num_classes={classes}"
+        )
+    copy = nnx.clone(model)
+    copy.remat = copy.remat or config.remat
+    return copy
 
 
 def _find_broken(images: Images, config: FinetuneConfig, preprocessing: Preprocessing) -> dict[str, str]:

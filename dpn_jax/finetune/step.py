@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self, TypeVar
 
 import jax
@@ -17,17 +17,15 @@ from dpn_jax.fast.plan import compiler_options
 from dpn_jax.fast.training import fast_apply
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.data import Batch
+from dpn_jax.finetune.layerwise import layer_norms
+from dpn_jax.finetune.loss import Metrics, batch_metrics, class_weights
 from dpn_jax.finetune.mixup import mix
 from dpn_jax.finetune.optimizer import learning_rate_of, updates_of
-from dpn_jax.finetune.parameters import frozen_norms, trainable
+from dpn_jax.finetune.parameters import trainable, training_mode
 from dpn_jax.inference.program import normalize
 from dpn_jax.model import DPN
 from dpn_jax.pretrained import Preprocessing, default_preprocessing
 from dpn_jax.stock import refuse_bound_methods, require_stock
-
-Metrics = dict[str, jax.Array]
-"""Sums over a batch, scalars: divide `loss`, `correct` and `correct5` by `count`. Training adds `gradient_norm` and
-`learning_rate`, which are not sums."""
 
 Tree = TypeVar("Tree")
 
@@ -44,6 +42,8 @@ class Setup:
     tx: optax.GradientTransformation
     config: FinetuneConfig
     preprocessing: Preprocessing
+    class_weights: tuple[float, ...] | None
+    """Of the training loss, see `batch_metrics`."""
 
 
 @jax.tree_util.register_dataclass
@@ -69,6 +69,7 @@ class TrainState:
         config: FinetuneConfig,
         *,
         preprocessing: Preprocessing | None = None,
+        labels: Sequence[int] | None = None,
     ) -> Self:
         """The state before the first step.
 
@@ -78,10 +79,11 @@ class TrainState:
           tx: the optimizer, from `make_optimizer` or any optax transformation.
           config: the options.
           preprocessing: its mean and standard deviation normalize uint8 images; defaults to that of the weights.
+          labels: those of all training images, which `config.class_weights="balanced"` needs.
 
         Raises:
-          ValueError: the model has no classifier or no pooling, or `config.freeze` or the preprocessing does not fit,
-            or it is not stock (see `dpn_jax.stock`) and `config.fast` is set.
+          ValueError: the model has no classifier or no pooling, or `config.freeze`, `config.class_weights` or the
+            preprocessing does not fit, or it is not stock (see `dpn_jax.stock`) and `config.fast` is set.
         """
         refuse_bound_methods(model)
         if type(model.dropout) is not nnx.Dropout:
@@ -95,15 +97,16 @@ class TrainState:
             raise ValueError(
                 f"preprocessing has {len(preprocessing.mean)} channels and the model {model.config.in_channels}"
             )
-        graphdef, params, statistics = _training_mode(model, config)
+        graphdef, params, statistics = training_mode(model, config)
         dtype = model.dtype if model.dtype.itemsize >= 4 else np.dtype(np.float32)
+        weights = class_weights(config, model.config.num_classes, labels)
         state = cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
             statistics=statistics,
             optimizer=tx.init(params),
             ema=None if config.ema_decay is None else (params, statistics),
-            setup=Setup(graphdef, model.config, dtype, tx, config, preprocessing),
+            setup=Setup(graphdef, model.config, dtype, tx, config, preprocessing, weights),
         )
         # a step donates the buffers of its state: no other array may use them
         return jax.tree.map(lambda x: jnp.array(x, copy=True), state)
@@ -148,9 +151,10 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
       batch: see `Batch`.
 
     Returns:
-      The next state, and `loss` (the training loss, with label smoothing and mixing), `correct`, `correct5` (against
-      the most probable class of the target), `count`, `gradient_norm` (before clipping, without frozen parameters) and
-      `learning_rate` (of the last update; NaN if `tx` is not from `make_optimizer`).
+      The next state, and `loss` (the training loss, with label smoothing, mixing and class weights), `correct`,
+      `correct5` (against the most probable class of the target), `count`, `gradient_norm` (before clipping, without
+      frozen parameters) and `learning_rate` (of the last update; NaN if `tx` is not from `make_optimizer`); with
+      `config.log_layers` also `gradient_norm/<layer>` for each layer.
 
     Raises:
       ValueError: the batch does not fit the model.
@@ -173,7 +177,7 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
 
 
 def eval_step(state: TrainState, batch: Batch, *, ema: bool = False) -> Metrics:
-    """Loss (plain cross-entropy) and accuracy over a batch, with the running statistics.
+    """Loss (plain cross-entropy, without class weights) and accuracy over a batch, with the running statistics.
 
     Args:
       state: the state, which is not changed.
@@ -208,7 +212,6 @@ def _train_step(state: TrainState, batch: Batch, sharding: NamedSharding | None)
     mix_key, dropout_key = jax.random.split(key)
     images, targets, weights = _prepare(batch, setup)
     images, targets = mix(mix_key, images, targets, mixup=config.mixup, cutmix=config.cutmix)
-    smooth = (1 - config.label_smoothing) * targets + config.label_smoothing / targets.shape[1]
     trained = trainable(config, state.params)
 
     def mean_loss(params: nnx.State) -> tuple[jax.Array, tuple[nnx.State, Metrics]]:
@@ -216,7 +219,8 @@ def _train_step(state: TrainState, batch: Batch, sharding: NamedSharding | None)
         params = jax.tree.map(lambda t, p: p if t else jax.lax.stop_gradient(p), trained, params)
         model = nnx.merge(setup.graphdef, params, state.statistics)
         model.dropout.rngs = nnx.Rngs(dropout=dropout_key).dropout
-        metrics = _metrics(_forward(model, images, config), targets, smooth, weights)
+        logits, of_loss = _forward(model, images, config), {"label_smoothing": config.label_smoothing}
+        metrics = batch_metrics(logits, targets, weights, **of_loss, class_weights=setup.class_weights)
         return metrics["loss"] / metrics["count"], (nnx.as_pure(nnx.state(model, nnx.BatchStat)), metrics)
 
     gradients, (statistics, metrics) = jax.grad(mean_loss, has_aux=True)(state.params)
@@ -227,6 +231,8 @@ def _train_step(state: TrainState, batch: Batch, sharding: NamedSharding | None)
     step = state.step + 1
     ema = state.ema and _average(state.ema, (params, statistics), config, *updates_of(optimizer, step))
     metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": learning_rate_of(optimizer)}
+    if config.log_layers:
+        metrics |= {f"gradient_norm/{name}": norm for name, norm in layer_norms(gradients).items()}
     return _constrain((TrainState(step, params, statistics, optimizer, ema, setup), metrics), sharding)
 
 
@@ -236,26 +242,12 @@ def _eval_step(
     images, targets, weights = _prepare(batch, setup)
     model = nnx.merge(setup.graphdef, params, statistics)
     model.eval()
-    return _constrain(_metrics(_forward(model, images, setup.config), targets, targets, weights), sharding)
+    return _constrain(batch_metrics(_forward(model, images, setup.config), targets, weights), sharding)
 
 
 def _forward(model: DPN, images: jax.Array, config: FinetuneConfig) -> jax.Array:
     """Logits of training and evaluation alike."""
     return fast_apply(model, images) if config.fast else model(images)
-
-
-def _training_mode(model: DPN, config: FinetuneConfig) -> tuple[nnx.GraphDef[DPN], nnx.State, nnx.State]:
-    """Splits a copy of the model in training mode; frozen norms stay in eval mode."""
-    frozen = frozen_norms(config, model)
-    model = nnx.clone(model)
-    model.config = model.config.replace(drop_rate=config.drop_rate)
-    model.dropout = nnx.Dropout(config.drop_rate)  # each step sets its random key
-    model.train()
-    for path, module in nnx.iter_modules(model):
-        if ".".join(map(str, path)) in frozen:
-            module.use_running_average = True
-    graphdef, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
-    return graphdef, nnx.as_pure(params), nnx.as_pure(statistics)
 
 
 def _checked(batch: Batch, architecture: DPNConfig) -> Batch:
@@ -280,19 +272,6 @@ def _prepare(batch: Batch, setup: Setup) -> tuple[jax.Array, jax.Array, jax.Arra
         targets = labels.astype(setup.dtype)
     weights = batch.get("weight", np.ones(len(images)))
     return images, targets, jnp.asarray(weights, setup.dtype)
-
-
-def _metrics(logits: jax.Array, targets: jax.Array, smooth: jax.Array, weights: jax.Array) -> Metrics:
-    logits = logits.astype(targets.dtype)
-    losses = optax.softmax_cross_entropy(logits, smooth)
-    labels = jax.lax.argmax(targets, 1, jnp.int32)
-    hits = jax.lax.top_k(logits, min(5, logits.shape[1]))[1] == labels[:, None]
-    return {
-        "loss": (weights * losses).sum(),
-        "correct": weights.sum(where=hits[:, 0]),
-        "correct5": weights.sum(where=hits.any(axis=1)),
-        "count": weights.sum(),
-    }
 
 
 def _average(

@@ -1,20 +1,19 @@
 """Images and their classes: of class folders, a CSV file or a packed folder; which are trained on, which held out."""
 
-import csv
 import dataclasses
 import hashlib
-import io
 import os
 import unicodedata
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
-from dpn_jax.errors import DataError, ImageError, reason, shown
+from dpn_jax.errors import DataError, ImageError, shown
 from dpn_jax.images.folders import Walk, class_folders, natural_key
 from dpn_jax.images.packed import PackedImages, identity, is_packed
 from dpn_jax.images.read import ImageSource
-from dpn_jax.paths import absolute, is_url, kind, read_bytes, readable_path
+from dpn_jax.images.table import Table, is_table, read_table
+from dpn_jax.paths import absolute, readable_path
 from dpn_jax.pretrained import Preprocessing
 
 Split = Literal["train", "val", "all"]
@@ -193,8 +192,8 @@ def list_images(path: str | os.PathLike) -> ImageFolder:
       classes in the natural order of their names (2 before 10).
 
     Raises:
-      ImageError: `class_folders` fails, the packed folder's manifest or the CSV file cannot be read, or a line of that
-        is not complete; the message names the folder, or the file and the line.
+      ImageError: `class_folders` fails, the packed folder's manifest or the CSV file cannot be read, or lines of that
+        are not complete or name an image twice; the message names the folder, or the file and the lines.
 
     Example:
       >>> list_images("no-such.csv")
@@ -205,10 +204,20 @@ def list_images(path: str | os.PathLike) -> ImageFolder:
     if is_packed(root):
         packed = PackedImages(root)
         return ImageFolder(packed.class_names, packed.files, packed.labels, packed=packed)
-    if root.suffix.lower() == ".csv" and kind(root) != "folder":
-        return _from_csv(root)
+    if is_table(root):
+        return from_table(read_table(root))
     classes = class_folders(root)
     return _labeled([(file, name) for name, files in classes.items() for file in files])
+
+
+def from_table(table: Table) -> ImageFolder:
+    """The images of a CSV file.
+
+    Raises:
+      ImageError: as `Table.check`.
+    """
+    table.check()
+    return _labeled([(image, label) for _, image, label in table.rows])
 
 
 def _labeled(pairs: Sequence[tuple[Path | str, str]]) -> ImageFolder:
@@ -216,28 +225,6 @@ def _labeled(pairs: Sequence[tuple[Path | str, str]]) -> ImageFolder:
     names = tuple(sorted({name for _, name in pairs}, key=natural_key))
     index = {name: label for label, name in enumerate(names)}
     return ImageFolder(names, tuple(str(file) for file, _ in pairs), tuple(index[name] for _, name in pairs))
-
-
-def _from_csv(path: Path) -> ImageFolder:
-    pairs = []
-    try:
-        rows = csv.DictReader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline=""), strict=True)
-        if missing := {"image", "label"} - set(rows.fieldnames or ()):
-            raise ImageError(
-                f"{shown(path)}: no column {', '.join(sorted(missing))} in its first line; expected image,label"
-            )
-        for row in rows:
-            if not row["image"] or not row["label"]:
-                raise ImageError(f"{shown(path)}: line {rows.line_num}: an image and a label expected")
-            image = row["image"] if is_url(row["image"]) else path.parent / row["image"]
-            pairs.append((image, unicodedata.normalize("NFC", row["label"])))
-    except OSError as error:
-        raise ImageError(f"{shown(path)}: cannot be read ({reason(error)})") from error
-    except (csv.Error, UnicodeError) as error:
-        raise ImageError(f"{shown(path)}: not a CSV file in UTF-8 ({reason(error)})") from error
-    if not pairs:
-        raise ImageError(f"{shown(path)}: no images; expected a line for each after image,label")
-    return _labeled(pairs)
 
 
 def _split_folders(root: Path) -> dict[str, Path]:

@@ -214,7 +214,7 @@ def test_a_run_is_published_with_what_it_knows(tmp_path: Path, capsys: pytest.Ca
     from tests.support.finetune_runs import write_images
 
     images = write_images(tmp_path / "secret-photos", count=12)
-    config = FinetuneConfig(epochs=1, batch_size=6, image_size=32, workers=0)
+    config = FinetuneConfig(epochs=1, batch_size=6, image_size=32, workers=0, report=False)
     finetune(images, tmp_path / "run", config, source="dpn_tiny", progress=False)
     assert main(["convert", str(tmp_path / "run"), str(tmp_path / "mine")]) == 0
     assert "dpn_tiny in timm's hub layout: README.md, config.json, model.safetensors" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The `dpn-jax` command, in this process or, where signals and exits are tested, in another."""
 
 import csv
+import importlib.util
 import io
 import json
 import os
@@ -418,8 +419,11 @@ def test_options_of_a_run_come_from_a_file(run: Run, tmp_path: Path) -> None:
         assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
-def test_a_report_of_an_evaluation(run: Run, weights: Path, classes: Path, tmp_path: Path) -> None:
+def test_a_report_of_an_evaluation(
+    run: Run, weights: Path, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib")
+    pytest.importorskip("pyarrow")
     folder, words = tmp_path / "report", ("evaluate", classes, "--weights", weights, "--format", "json")
     code, out, err = run(*words, "--report", folder)
     assert code == 0 and f"dpn-jax: the report is {folder / 'report.html'}" in err.splitlines()
@@ -433,6 +437,15 @@ def test_a_report_of_an_evaluation(run: Run, weights: Path, classes: Path, tmp_p
     code, out, err = run(*words, "--report", folder)
     assert (code, out) == (2, "") and err == f"dpn-jax: {folder}: is there already; --force writes the report over it\n"
     assert run(*words, "--report", folder, "--force")[0] == 0
+    assert run(*words, "--report", folder, "--force", "--predictions", "parquet")[0] == 0
+    assert not (folder / "predictions.csv").exists() and (folder / "predictions.parquet").exists()
+    code, out, err = run(*words, "--predictions", "parquet")
+    assert (code, out) == (2, "") and "--predictions parquet is of a report; name its folder: --report FOLDER" in err
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "pyarrow" else find_spec(name))
+    code, out, err = run(*words, "--report", tmp_path / "new", "--predictions", "parquet")
+    assert (code, out, (tmp_path / "new").exists()) == (2, "", False)
+    assert err == "dpn-jax: --predictions parquet: pyarrow writes Parquet: pip install pyarrow, or --predictions csv\n"
     (folder / "classes.txt").write_text("ant\ncat\n")
     code, out, err = run(*words, "--valid-labels", folder / "classes.txt")
     assert (code, out) == (2, "") and "its class, 'bee', is not among valid_labels" in err

@@ -19,7 +19,7 @@ from tests.support.models import TINY
 @pytest.mark.slow
 def test_timm_and_torch_repeat_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = write_images(tmp_path / "images", count=12)
-    config = FinetuneConfig(epochs=3, batch_size=6, learning_rate=5e-3, image_size=32, workers=0)
+    config = FinetuneConfig(epochs=3, batch_size=6, learning_rate=5e-3, image_size=32, workers=0, report=False)
     finetune(images, tmp_path / "run", config, source=TINY, progress=False)
     record = json.loads((tmp_path / "run" / "config.json").read_text())
     assert record["config"]["learning_rate"] == 5e-3

@@ -196,6 +196,31 @@ def test_every_kind_of_source_gives_the_same_accuracy(tmp_path: Path, tested: dp
     assert results[0].files == folder.files and results[-1].files[-1] == "item 7"
 
 
+def test_all_problems_of_a_csv_file_are_told_before_anything_runs(tmp_path: Path, tested: dpn_jax.Classifier) -> None:
+    root = write_classes(tmp_path / "photos", 3, classes=("cat", "eel"))
+    lines = ["photos/cat/0.png;cat", "photos/cat/gone.png;cat", "photos/eel/0.png;fox", "photos/cat/0.png;eel", ";cat"]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["image;label", *lines]))
+    with pytest.raises(ImageError) as error:
+        evaluate(tested, table)
+    assert str(error.value) == (
+        f"{table}: 5 problems: line 1: columns separated by ';', expected commas; line 3: no such file "
+        f"{root / 'cat' / 'gone.png'}; line 4: 'fox' is no class of the model; line 5: {root / 'cat' / '0.png'} again, "
+        "as in line 2, as 'eel', not 'cat'; line 6: an image and a label expected; its classes are 'ant', 'bee', "
+        "'cat', 'dog', 'eel'"
+    )
+    table.write_text("image,label\n" + "".join(f"{n}.png,cat\n" for n in range(30)))
+    with pytest.raises(
+        ImageError, match=r"30 problems: line 2: no .*; line 21: no such file .*/19.png; \.\.\. and 10 more$"
+    ):
+        labeled_images(table, tested)
+    table.write_text("image,label\nphotos/cat/0.png,2\nphotos/eel/0.png,4\ns3://bucket/a.png,0\n")
+    with pytest.raises(
+        ImageError, match=r"table.csv: line 4: s3://bucket/a.png: a URL; only local files and gs:// can be"
+    ):
+        labeled_images(table, tested)
+
+
 def test_failures_of_a_source_are_named_and_counted(tmp_path: Path, tested: dpn_jax.Classifier) -> None:
     good = np.zeros((40, 40, 3), np.uint8)
     source = [(good, 0), (b"no image", 0), "photo.jpg", (good, 4), (good, None), (tmp_path / "gone.png", 1)]

@@ -48,6 +48,27 @@ def test_tables_and_json(tmp_path: Path, source: list) -> None:
     assert (found["top1_err"], found["temperature"]) == (pytest.approx(100 - found["top1"]), result.temperature)
 
 
+def test_predictions_as_parquet_are_those_of_the_csv_file(tmp_path: Path, source: list) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    result, folder = random_result(0), tmp_path / "report"
+    write_report(result, folder, source=source, facts=FACTS)
+    expected = list(csv.DictReader((folder / "predictions.csv").read_text().splitlines()))
+    write_report(result, folder, source=source, facts=FACTS, predictions="parquet")
+    assert not (folder / "predictions.csv").exists(), "it would be of an earlier report"
+    table = parquet.read_table(folder / "predictions.parquet")
+    assert table.column_names == list(expected[0])
+    types = {name: str(table.schema.field(name).type) for name in ("file", "correct", "probability", "label_rank")}
+    assert types == {"file": "string", "correct": "bool", "probability": "double", "label_rank": "int64"}
+    for row, line in zip(table.to_pylist(), expected, strict=True):
+        assert {name: line[name] for name in ("file", "label", "prediction")}.items() <= row.items()
+        assert (str(int(row["correct"])), str(row["label_rank"])) == (line["correct"], line["label_rank"])
+        for name in ("probability", "label_probability"):
+            assert f"{row[name]:.6f}" == line[name]
+    np.testing.assert_array_equal(table["probability"].to_numpy(), result.confidences)
+    write_report(result, folder, source=source, facts=FACTS)
+    assert not (folder / "predictions.parquet").exists()
+
+
 def test_the_page_shows_the_worst_mistakes(tmp_path: Path, source: list) -> None:
     result = random_result(1)
     hostile = Evaluation(

@@ -33,7 +33,15 @@ from tests.support.finetune_runs import COLORS, contents, write_images, write_we
 from tests.support.models import TINY
 
 CONFIG = FinetuneConfig(
-    epochs=3, batch_size=8, workers=0, optimizer="sgd", learning_rate=0.05, warmup_epochs=0, ema_decay=0.8, keep=1
+    epochs=3,
+    batch_size=8,
+    workers=0,
+    optimizer="sgd",
+    learning_rate=0.05,
+    warmup_epochs=0,
+    ema_decay=0.8,
+    keep=1,
+    report=False,
 )
 
 
@@ -371,7 +379,14 @@ def test_initial_model_has_random_weights_for_an_architecture_and_says_so() -> N
 def test_training_ends_when_nothing_gets_better(images: Path, weights: Path, tmp_path: Path) -> None:
     """Nothing is learned, so the first epoch stays the best; callbacks see each line of the log."""
     still = FinetuneConfig(
-        epochs=9, batch_size=6, workers=0, learning_rate=1e-30, freeze="backbone", patience=2, metric="loss"
+        epochs=9,
+        batch_size=6,
+        workers=0,
+        learning_rate=1e-30,
+        freeze="backbone",
+        patience=2,
+        metric="loss",
+        report=False,
     )
     notes: list[str] = []
     rows: list[dict] = []

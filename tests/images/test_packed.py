@@ -116,6 +116,14 @@ def test_a_csv_file_lists_images(photos: Path, tmp_path: Path) -> None:
         (b"image,label\n,x\n", r"line 2: an image and a label expected"),
         (b"image,label\n", "no images"),
         (b"", "no column image, label"),
+        (b"image,label\na.png,x,y\n", "line 2: more columns than the first line has; a comma in a name needs quotes"),
+        (b"image;label\na.png;x\n", "line 1: columns separated by ';', expected commas"),
+        (b"image,label\na.png,x\n./a.png,x\n", r"line 3: .*a.png again, as in line 2"),
+        (
+            b"label\timage\nx\ta.png\nx\ny\ta.png\n",
+            r"3 problems: line 1: columns separated by '\\t', expected commas; line 3: an image and a label expected; "
+            "line 4: .*a.png again, as in line 2, as 'y', not 'x'$",
+        ),
         (b"image,label\n\xff.png,x\n", "not a CSV file in UTF-8"),
         (b'image,label\n"a.png,x\n', "not a CSV file in UTF-8"),
     ],

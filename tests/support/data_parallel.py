@@ -22,7 +22,14 @@ from dpn_jax.finetune import (
 from tests.support.models import TINY
 
 CONFIG = FinetuneConfig(
-    optimizer="sgd", learning_rate=0.05, mixup=0.5, cutmix=0.5, drop_rate=0.2, ema_decay=0.9, clip_norm=1.0
+    optimizer="sgd",
+    learning_rate=0.05,
+    mixup=0.5,
+    cutmix=0.5,
+    drop_rate=0.2,
+    ema_decay=0.9,
+    clip_norm=1.0,
+    class_weights=(0.2, 1, 5, 2, 0.7),
 )
 BATCH = 16
 

@@ -94,4 +94,5 @@ def wait_for(happened: Callable[[], object], process: subprocess.Popen[str], *, 
 
 def contents(output: Path) -> dict[str, bytes]:
     """The files of a run that must not depend on how often it was interrupted."""
-    return {name: (output / name).read_bytes() for name in ("metrics.jsonl", "model.safetensors")}
+    report = sorted(f"report/{path.name}" for path in (output / "report").glob("*"))
+    return {name: (output / name).read_bytes() for name in ("metrics.jsonl", "model.safetensors", *report)}
