@@ -1,4 +1,4 @@
-"""A block of the network, to be read alongside the paper's Figure 2 (Chen et al., NIPS 2017, arXiv 1707.01629).
+"""The parts of the network, to be read alongside the paper's Figure 2 (Chen et al., NIPS 2017, arXiv 1707.01629).
 
 Every block carries two tensors. It reads both, *adds* to the residual path and *appends* to the dense path:
 features are reused as in a ResNet and explored as in a DenseNet.
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpn_jax.config import DPNConfig, StageConfig
-from dpn_jax.layers import Conv, NormAct, NormActConv, initialized_together
+from dpn_jax.layers import Conv, NormAct, NormActConv, global_pool, initialized_together, window_average
 from dpn_jax.operations import PLAIN, Operations
 
 
@@ -142,3 +142,20 @@ def split_paths(x: jax.Array, residual_channels: int) -> DualPath:
 def join_paths(x: DualPath | jax.Array) -> jax.Array:
     """Both paths as one map `[B, H, W, R + D]`, residual first, as timm carries them."""
     return jnp.concatenate(x, axis=-1) if isinstance(x, DualPath) else x
+
+
+def pool_and_classify(
+    features: jax.Array,
+    config: DPNConfig,
+    classify: Callable[[jax.Array], jax.Array] | None,
+    dropout: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """The head: pools `[B, H, W, C]`, then calls the 1x1 convolution `classify`; in reverse with `test_time_pool`."""
+    if config.test_time_pool:
+        # timm's TestTimePoolHead: overlapping windows the size of the training features, each classified
+        x = window_average(features, config.test_time_pool)
+        return global_pool(x if classify is None else classify(x), "avgmax")[:, 0, 0]
+    x = global_pool(features, config.global_pool)
+    x = x if dropout is None else dropout(x)
+    x = x if classify is None else classify(x)
+    return x[:, 0, 0] if config.global_pool else x

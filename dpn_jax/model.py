@@ -5,17 +5,19 @@ Its blocks, the paper's Figure 2, are in `dpn_jax.blocks`.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dpn_jax.blocks import DualPath, DualPathBlock, Stem, join_paths
+from dpn_jax.blocks import DualPath, DualPathBlock, Stem, join_paths, pool_and_classify
 from dpn_jax.config import DPNConfig, FeatureInfo
-from dpn_jax.layers import Conv, NormAct, check_arguments, global_pool, initialized_together, window_average
+from dpn_jax.layers import Conv, NormAct, check_arguments, initialized_together
 from dpn_jax.operations import PLAIN, Operations
 from dpn_jax.pretrained import Provenance, get_config
+
+Indices = int | Sequence[int] | None
 
 
 class DPN(nnx.Module):
@@ -133,10 +135,20 @@ class DPN(nnx.Module):
         classifier = None if pre_logits else self.classifier
         return pool_and_classify(features, self.config, classifier, dropout=self.dropout)
 
+    @overload
+    def forward_intermediates(
+        self, images: jax.Array, indices: Indices = None, *, intermediates_only: Literal[False] = False, **options: bool
+    ) -> tuple[jax.Array, list[jax.Array]]: ...
+
+    @overload
+    def forward_intermediates(
+        self, images: jax.Array, indices: Indices = None, *, intermediates_only: Literal[True], **options: bool
+    ) -> list[jax.Array]: ...
+
     def forward_intermediates(
         self,
         images: jax.Array,
-        indices: int | Sequence[int] | None = None,
+        indices: Indices = None,
         *,
         norm: bool = False,
         stop_early: bool = False,
@@ -255,23 +267,6 @@ def create_model(
     return DPN(config.replace(**changes), **options, rngs=rngs)
 
 
-def pool_and_classify(
-    features: jax.Array,
-    config: DPNConfig,
-    classify: Callable[[jax.Array], jax.Array] | None,
-    dropout: Callable[[jax.Array], jax.Array] | None = None,
-) -> jax.Array:
-    """The head: pools `[B, H, W, C]`, then calls the 1x1 convolution `classify`; in reverse with `test_time_pool`."""
-    if config.test_time_pool:
-        # timm's TestTimePoolHead: overlapping windows the size of the training features, each classified
-        x = window_average(features, config.test_time_pool)
-        return global_pool(x if classify is None else classify(x), "avgmax")[:, 0, 0]
-    x = global_pool(features, config.global_pool)
-    x = x if dropout is None else dropout(x)
-    x = x if classify is None else classify(x)
-    return x[:, 0, 0] if config.global_pool else x
-
-
 @nnx.remat
 def _call_remat(block: DualPathBlock, x: DualPath | jax.Array) -> DualPath:
     return block(x)
@@ -314,7 +309,7 @@ def _check_shapes(model: DPN) -> None:
     check("norm", model.norm, x, x)
 
 
-def _take_indices(indices: int | Sequence[int] | None, count: int) -> set[int]:
+def _take_indices(indices: Indices, count: int) -> set[int]:
     """`timm.models._features.feature_take_indices`, as a set."""
     if indices is None:
         indices = count

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from dpn_jax.blocks import DualPath, join_paths
+from dpn_jax.blocks import DualPath, join_paths, pool_and_classify
 from dpn_jax.config import StageConfig
 from dpn_jax.fast.fold import Block, Folded, Unit, fold
 from dpn_jax.fast.plan import Plan, compiler_options, plan_for
 from dpn_jax.layers import ACTIVATIONS
-from dpn_jax.model import DPN, pool_and_classify
+from dpn_jax.model import DPN
 from dpn_jax.operations import PLAIN
 from dpn_jax.stock import require_stock, split_in_eval_mode
 

@@ -63,10 +63,8 @@ def report_best(
     if not len(result):
         note(f"{shown(folder)}: not written, none of the validation images can be read")
         return
-    settings, size = (
-        classifier.transform.preprocessing,
-        sum(x.size for x in jax.tree.leaves(nnx.state(best, nnx.Param))),
-    )
+    settings = classifier.transform.preprocessing
+    size = sum(x.size for x in jax.tree.leaves(nnx.state(best, nnx.Param)))
     facts = {
         "model": best.provenance.source,
         "param_count": round(size / 1e6, 2),

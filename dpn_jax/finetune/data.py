@@ -31,7 +31,7 @@ IteratorState = dict[str, int | str]
 logger = logging.getLogger("dpn_jax")
 
 
-class BatchIterator(Iterator[Batch]):
+class BatchIterator(Iterator[dict[str, np.ndarray]]):
     """Batches, prefetched by worker processes or threads; see `batches`.
 
     Its state is the index of the next batch and a fingerprint of the data, whatever the workers have prefetched.
@@ -46,9 +46,9 @@ class BatchIterator(Iterator[Batch]):
         self._source = source
         self._workers = workers
         self._next = 0
-        self._running: Iterator[Batch] | None = None
+        self._running: Iterator[dict[str, np.ndarray]] | None = None
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> dict[str, np.ndarray]:
         if self._next >= len(self._source):
             raise StopIteration
         if self._running is None:
@@ -201,7 +201,7 @@ class _Batches:
     def __len__(self) -> int:
         return sys.maxsize if self.epochs is None else self.epochs * self.per_epoch
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         epoch, number = divmod(index, self.per_epoch)
         config, size, total = self.config, self.transform.preprocessing.image_size, len(self.source)
         is_drawn = self.train and config.sampling == "balanced"

@@ -90,14 +90,14 @@ class Log:
             self._events.close()
 
 
-def read_metrics(path: Path) -> list[Row]:
+def read_metrics(path: str | os.PathLike) -> list[Row]:
     """Reads the lines of `metrics.jsonl`.
 
     Args:
       path: the file; an incomplete last line is ignored.
     """
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             row = json.loads(line)
         except ValueError:
@@ -108,7 +108,7 @@ def read_metrics(path: Path) -> list[Row]:
     return rows
 
 
-def plot_curves(rows: Iterable[Row], path: Path) -> None:
+def plot_curves(rows: Iterable[Row], path: str | os.PathLike) -> None:
     """Plots training and validation loss and accuracy, and the learning rate, over epochs.
 
     The training loss is the one that is minimized, with label smoothing, mixing and class weights; the title says so.

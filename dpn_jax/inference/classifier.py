@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Self, overload
 
 import numpy as np
 
@@ -169,6 +169,12 @@ class Classifier(Runner):
         classifier.config = None
         Runner.__init__(classifier, program, transform, batch_size, workers, widths=(logits.shape[1], 0))
         return classifier
+
+    @overload
+    def __call__(self, images: ImageSource, *, top_k: int | None = None) -> list[Prediction]: ...
+
+    @overload
+    def __call__(self, images: Sequence[ImageSource], *, top_k: int | None = None) -> list[list[Prediction]]: ...
 
     def __call__(
         self, images: ImageSource | Sequence[ImageSource], *, top_k: int | None = None
