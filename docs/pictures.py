@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -38,10 +39,10 @@ def browser(width: int, height: int) -> Iterator[webdriver.Chrome]:
 
 def report(work: Path) -> None:
     """Evaluates the digits model on its held-out digits and takes the report's first screen."""
-    python = [sys.executable, "-m"]
-    subprocess.run([*python, "recipes.digits_folder", work / "digits"], cwd=ROOT, check=True)
-    words = ["evaluate", work / "digits" / "val", "--model", "dpn_tiny.digits", "--report", work / "report"]
-    subprocess.run([*python, "dpn_jax", *words], cwd=ROOT, check=True)
+    settings = {"cwd": work, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "check": True}  # the page names the folder
+    subprocess.run([sys.executable, "-m", "recipes.digits_folder", "digits"], **settings)
+    words = ["evaluate", "digits/val", "--model", "dpn_tiny.digits", "--report", "report"]
+    subprocess.run([sys.executable, "-m", "dpn_jax", *words], **settings)
     with browser(1000, 1300) as chrome:
         chrome.get((work / "report" / "report.html").as_uri())
         chrome.save_screenshot(str(IMAGES / "report.png"))
