@@ -48,10 +48,13 @@ _SLOW_EXAMPLES = {"train_step", "fast_apply", "fast_forward", "export_model", "C
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what cannot be marked where it is: examples, and all tests of the finished run of `finetune/test_run`."""
+    """Marks as slow what cannot be marked where it is: examples, all tests of the finished run of `finetune/test_run`,
+    and what runs in a step of its own.
+    """
     for item in items:
         example = isinstance(item, pytest.DoctestItem) and item.name.rpartition(".")[2] in _SLOW_EXAMPLES
-        if example or "finished" in getattr(item, "fixturenames", ()):
+        apart = any(item.get_closest_marker(name) for name in ("browser", "docs", "exhaustive", "notebook", "ray"))
+        if example or apart or "finished" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
 
 

@@ -24,7 +24,11 @@ def run(module: str, *options: str, json_file: Path | None = None) -> subprocess
     ("module", "options"),
     [
         ("benchmarks.cpu", ("--batches", "1", "--training-batches", "2", "--skip-compile")),
-        ("benchmarks.gpu", ("--batches", "2", "--device", "cpu", "--probe", "64", "--compile-modes")),
+        pytest.param(
+            "benchmarks.gpu",
+            ("--batches", "2", "--device", "cpu", "--probe", "64", "--compile-modes"),
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_both_sides_are_timed_in_both_tasks(module: str, options: tuple[str, ...], tmp_path: Path) -> None:
@@ -46,6 +50,7 @@ def test_a_missing_card_is_one_line() -> None:
     assert done.stderr.count("\n") == 1 and "no cuda" in done.stderr
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("timm_models")
 def test_parity_prints_its_table() -> None:
     pytest.importorskip("tests.support.photos")
@@ -54,6 +59,7 @@ def test_parity_prints_its_table() -> None:
     assert "| dpn48b |" in done.stdout
 
 
+@pytest.mark.exhaustive
 def test_reading_is_held_against_memory(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     options = ("--model", "dpn_tiny", "--size", "32", "--batch-size", "4", "--steps", "1", "--rounds", "1")
@@ -67,6 +73,7 @@ def test_reading_is_held_against_memory(tmp_path: Path) -> None:
     assert figures["reading"]["ratio"] > 10, "packed crops are read ten times as fast as photos are decoded"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("timm_models")
 def test_the_host_is_held_against_the_model(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
@@ -79,6 +86,7 @@ def test_the_host_is_held_against_the_model(tmp_path: Path) -> None:
     assert figures["by torch"] == pytest.approx(rates["decoding, processes"] / rates["torch's DataLoader"])
 
 
+@pytest.mark.exhaustive
 def test_rounding_is_held_against_float32(tmp_path: Path) -> None:
     pytest.importorskip("tests.support.photos")
     report = tmp_path / "report.json"

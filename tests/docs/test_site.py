@@ -111,8 +111,15 @@ def browser() -> Iterator[object]:
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (1280, "light"),
+        (390, "dark"),
+        pytest.param(1280, "dark", marks=pytest.mark.exhaustive),
+        pytest.param(390, "light", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_every_page_fits_and_shows_its_pictures(
     width: int, scheme: str, address: str, site: Path, browser: object, tmp_path: Path
 ) -> None:

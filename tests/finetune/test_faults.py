@@ -23,7 +23,7 @@ from dpn_jax.cli.main import main
 from dpn_jax.finetune import read_metrics
 from tests.support.finetune_runs import COLORS, Runs, contents, finish, wait_for
 
-KILLS = int(os.environ.get("KILLS", "2"))
+KILLS = int(os.environ.get("KILLS", "1"))
 
 Main = Callable[..., tuple[int, str]]
 
@@ -73,7 +73,7 @@ def assert_one_line(complaint: str, *parts: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)])
 def test_a_signal_saves_and_says_how_to_continue(
     runs: Runs, reference: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -353,7 +353,10 @@ def spawn(output: Path, index: int, count: int, coordinator: str, devices: int, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "devices", "axis"), [(1, 8, "auto"), (1, 4, "explicit"), (2, 2, "auto")])
+@pytest.mark.parametrize(
+    ("processes", "devices", "axis"),
+    [(1, 8, "auto"), pytest.param(1, 4, "explicit", marks=pytest.mark.exhaustive), (2, 2, "auto")],
+)
 def test_many_devices_and_processes_are_one_device(tmp_path: Path, processes: int, devices: int, axis: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

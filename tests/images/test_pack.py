@@ -29,7 +29,7 @@ from tests.support.packs import CROPS, packed, write_classes
 
 pytest.importorskip("array_record")
 
-KILLS = int(os.environ.get("KILLS", "10"))
+KILLS = int(os.environ.get("KILLS", "4"))
 
 
 @pytest.fixture
@@ -277,7 +277,7 @@ def test_a_signal_to_all_ends_it_quietly(tmp_path: Path, number: int, code: int,
 
 @pytest.mark.slow
 def test_killed_and_restarted_every_image_is_there_once(tmp_path: Path) -> None:
-    """Set KILLS to kill more often than ten times."""
+    """Set KILLS to kill more often than four times; `.ci/exhaustive` does so ten times."""
     photos = write_classes(tmp_path / "photos", 40 + 10 * KILLS)
     big = np.random.default_rng(0).integers(0, 256, (150, 200, 3), np.uint8)
     for file in photos.rglob("*.png"):  # slow enough that there are moments to be killed in

@@ -45,7 +45,7 @@ def dpn68b(timm: ModuleType) -> torch.nn.Module:
         pytest.param(tiny, 16, "train", id="tiny-train", marks=pytest.mark.slow),
         pytest.param(tiny, 16, "frozen", id="tiny-frozen", marks=pytest.mark.slow),
         pytest.param(dpn68b, 32, "train", id="dpn68b-train", marks=pytest.mark.slow),
-        pytest.param(dpn68b, 32, "frozen", id="dpn68b-frozen", marks=pytest.mark.slow),
+        pytest.param(dpn68b, 32, "frozen", id="dpn68b-frozen", marks=(pytest.mark.slow, pytest.mark.exhaustive)),
     ],
 )
 def test_fifty_sgd_steps_have_torchs_losses(

@@ -31,10 +31,17 @@ BOUNDS = {"float64": 1e-10, "float32": 1e-5}
 INPUTS = [(3, 224, 224), (1, 193, 257), (4, 288, 288)]  # only the stem knows how many channels there are
 # as users compile it, for one variant of each kind; it takes longer
 OPTIMISED = [("dpn68b", *INPUTS[0]), ("dpn92", *INPUTS[0])]
+
+
+def marks(name: str, shape: tuple[int, int, int]) -> list[pytest.MarkDecorator]:
+    """Every variant at the usual shape, the most used ones at all shapes; the others' further shapes now and then."""
+    often = shape == (3, 224, 224) or name in ("dpn68b", "dpn92")
+    optimized = (name, *shape) in OPTIMISED
+    return [pytest.mark.optimized] * optimized + [pytest.mark.exhaustive] * (not often)
+
+
 CASES = [
-    pytest.param((name, shape[0]), name, *shape, marks=pytest.mark.optimized if (name, *shape) in OPTIMISED else ())
-    for name in VARIANTS
-    for shape in INPUTS
+    pytest.param((name, shape[0]), name, *shape, marks=marks(name, shape)) for name in VARIANTS for shape in INPUTS
 ]
 
 

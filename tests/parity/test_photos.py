@@ -27,7 +27,7 @@ def timm_logits(model: torch.nn.Module, tag: str) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize("tag", ["dpn68b.ra_in1k", "dpn92.mx_in1k"])
+@pytest.mark.parametrize("tag", [pytest.param("dpn68b.ra_in1k", marks=pytest.mark.exhaustive), "dpn92.mx_in1k"])
 def test_top5_of_real_photos_equals_timms(tag: str, tmp_path: Path) -> None:
     assert len(PHOTOS) >= 8
     theirs = randomized(tag.split(".")[0], dtype=torch.float32)

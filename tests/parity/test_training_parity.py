@@ -45,12 +45,12 @@ XLAS_OWN = (pytest.mark.slow, pytest.mark.optimized)
     [
         pytest.param("dpn68b", SHORT, False, "train", "cpu", marks=pytest.mark.slow),
         pytest.param("dpn68b", SHORT, False, "train", "tpu", marks=XLAS_OWN),
-        pytest.param("dpn92", SHORT, False, "train", "gpu", marks=XLAS_OWN),
-        pytest.param("dpn68b", SHORT, True, "train", "cpu", marks=pytest.mark.slow),
+        pytest.param("dpn92", SHORT, False, "train", "gpu", marks=(*XLAS_OWN, pytest.mark.exhaustive)),
+        pytest.param("dpn68b", SHORT, True, "train", "cpu", marks=(pytest.mark.slow, pytest.mark.exhaustive)),
         pytest.param("dpn92", SHORT, False, "frozen", "cpu", marks=pytest.mark.slow),
         pytest.param("dpn68b", SHORT, False, "frozen", None, marks=XLAS_OWN),
-        pytest.param("dpn68b", FULL, False, "train", None, marks=XLAS_OWN),
-        pytest.param("dpn92", FULL, False, "train", "cpu", marks=pytest.mark.slow),
+        pytest.param("dpn68b", FULL, False, "train", None, marks=(*XLAS_OWN, pytest.mark.exhaustive)),
+        pytest.param("dpn92", FULL, False, "train", "cpu", marks=(pytest.mark.slow, pytest.mark.exhaustive)),
     ],
 )
 def test_three_sgd_steps_equal_timm(
