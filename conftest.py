@@ -34,7 +34,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """Tests run in parallel where pytest-xdist is installed: `-n auto` is the default, `-n 0` turns it off."""
     if getattr(config.option, "numprocesses", 0) is None and not (config.option.tx or hasattr(config, "workerinput")):
         config.option.numprocesses, config.option.maxprocesses = "auto", config.option.maxprocesses or 4
-        config.option.dist = "worksteal" if config.option.dist == "no" else config.option.dist
+        by_file = "docs" in config.args  # blocks of a page share their names
+        default = "loadfile" if by_file else "worksteal"
+        config.option.dist = default if config.option.dist == "no" else config.option.dist
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
