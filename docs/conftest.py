@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-collect_ignore = ["notebooks", "recipes", "conf.py"]  # others' folders, and settings that Sphinx runs
+collect_ignore = ["notebooks", "recipes", "conf.py", "pictures.py"]  # copies, and scripts with needs of their own
 pytest_collect_file = None
 try:
     from sybil import Sybil
