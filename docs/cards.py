@@ -16,7 +16,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from dpn_jax.checkpoint.card import _CITATION
+from dpn_jax.checkpoint.card import CITATION
 from dpn_jax.checkpoint.names import name_table, parameter_count
 from dpn_jax.evaluation.published import Published, published_for, published_results
 from dpn_jax.pretrained import PRETRAINED, Preprocessing, PretrainedTag
@@ -99,7 +99,7 @@ def _card(name: str, tag: PretrainedTag, facts: Facts) -> str:
         "Preprocessing": _preprocessing(tag),
         "Evaluation results": _evaluation(name, tag, facts),
         "License": _list(facts.license),
-        "Citation": f"```bibtex\n{_CITATION}\n{facts.citation}```",
+        "Citation": f"```bibtex\n{CITATION}\n{facts.citation}```",
         "Provenance": _list([*facts.provenance, f"The file, {file}; {weights_size(tag)}."]),
     }
     body = "\n\n".join(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dpn_jax.config import DPNConfig, variant_of
 from dpn_jax.pretrained import Preprocessing
 
-_CITATION = """@inproceedings{chen2017dual,
+CITATION = """@inproceedings{chen2017dual,
   title={Dual Path Networks},
   author={Chen, Yunpeng and Li, Jianan and Xiao, Huaxin and Jin, Xiaojie and Yan, Shuicheng and Feng, Jiashi},
   booktitle={Advances in Neural Information Processing Systems},
@@ -127,7 +127,7 @@ timm.create_model("hf-hub:REPOSITORY", pretrained=True)
 ## Citation
 
 ```bibtex
-{_CITATION}
+{CITATION}
 ```
 """
 

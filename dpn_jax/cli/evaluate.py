@@ -26,7 +26,7 @@ from dpn_jax.evaluation.classes import labeled_images, read_real_labels, read_va
 from dpn_jax.evaluation.evaluate import collect
 from dpn_jax.evaluation.metrics import Evaluation
 from dpn_jax.evaluation.published import published_for
-from dpn_jax.evaluation.report import Predictions, require_new, summary, write_report
+from dpn_jax.evaluation.report import Predictions, model_facts, require_new, summary, write_report
 from dpn_jax.images.sources import Unlabeled, are_crops
 from dpn_jax.inference.classifier import Classifier
 from dpn_jax.multihost import is_first, require_same, together
@@ -105,14 +105,8 @@ class Evaluate(ClassifierOptions):
     def _facts(self, classifier: Classifier) -> dict[str, object]:
         """What timm's results files have of a model, and what else decides the figures."""
         settings, published = classifier.transform.preprocessing, self._published()
-        facts: dict[str, object] = {"model": self._name()}
-        if classifier.config is not None:
-            facts["param_count"] = round(parameter_count(classifier.config) / 1e6, 2)
-        return facts | {
-            "img_size": settings.height,
-            "crop_pct": settings.crop_fraction,
-            "interpolation": settings.interpolation,
-            "dtype": self.dtype,
+        parameters = None if classifier.config is None else parameter_count(classifier.config)
+        return model_facts(self._name(), settings, self.dtype, parameters) | {
             "data": self.data,
             "valid_labels": self.valid_labels,
             "real_labels": self.real_labels,

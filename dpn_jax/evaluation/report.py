@@ -18,6 +18,7 @@ from dpn_jax.errors import DataError, ImageError, printable, shown
 from dpn_jax.evaluation.metrics import Evaluation, Proportion, most_confused
 from dpn_jax.images.read import read_image
 from dpn_jax.images.sources import LabeledImages, labeled_image
+from dpn_jax.pretrained import Preprocessing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,6 +54,13 @@ def summary(result: Evaluation) -> dict[str, float | int | None]:
         "calibration_error": percent(result.calibration().error),
         "images_per_second": None if result.throughput is None else round(result.throughput.rate, 2),
     }
+
+
+def model_facts(name: str | None, settings: Preprocessing, dtype: str, parameters: int | None) -> dict[str, object]:
+    """What timm's results files have of a model, for `write_report`."""
+    counted = {} if parameters is None else {"param_count": round(parameters / 1e6, 2)}
+    prepared = {"crop_pct": settings.crop_fraction, "interpolation": settings.interpolation}
+    return {"model": name, **counted, "img_size": settings.height, **prepared, "dtype": dtype}
 
 
 def require_new(folder: Path, *, force: bool) -> None:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from dpn_jax.errors import ImageError, shown
 from dpn_jax.evaluation.evaluate import collect
-from dpn_jax.evaluation.report import write_report
+from dpn_jax.evaluation.report import model_facts, write_report
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.interruption import Interruption
 from dpn_jax.images.sources import Unlabeled, are_crops
@@ -65,15 +65,7 @@ def report_best(
         return
     settings = classifier.transform.preprocessing
     size = sum(x.size for x in jax.tree.leaves(nnx.state(best, nnx.Param)))
-    facts = {
-        "model": best.provenance.source,
-        "param_count": round(size / 1e6, 2),
-        "img_size": settings.height,
-        "crop_pct": settings.crop_fraction,
-        "interpolation": settings.interpolation,
-        "dtype": config.dtype,
-        "step": step,
-    }
+    facts = model_facts(best.provenance.source, settings, config.dtype, size) | {"step": step}
 
     def write() -> None:
         (folder / _PAGE).unlink(missing_ok=True)  # it is written last, and says that the others are there

@@ -96,18 +96,16 @@ def address(site: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def browser() -> Iterator[object]:
-    webdriver = pytest.importorskip("selenium.webdriver")
+def browser(request: pytest.FixtureRequest) -> Iterator[object]:
+    """Of the test's width and color scheme, where it has any."""
+    pytest.importorskip("selenium")
     if shutil.which("chromedriver") is None:
         pytest.skip("needs chromedriver")
-    options = webdriver.ChromeOptions()
-    for word in ("--headless=new", "--no-sandbox", "--disable-gpu"):
-        options.add_argument(word)
-    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    try:
-        yield chrome
-    finally:
-        chrome.quit()
+    from tests.support.browser import chromium
+
+    given = getattr(getattr(request.node, "callspec", None), "params", {})
+    with chromium(given.get("width", 1280), scheme=given.get("scheme", "light")) as page:
+        yield page
 
 
 @pytest.mark.browser
@@ -123,10 +121,6 @@ def browser() -> Iterator[object]:
 def test_every_page_fits_and_shows_its_pictures(
     width: int, scheme: str, address: str, site: Path, browser: object, tmp_path: Path
 ) -> None:
-    metrics = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
     folder = Path(os.environ.get("DPN_JAX_SCREENSHOTS", tmp_path))
     faults = []
     for page in pages(site):

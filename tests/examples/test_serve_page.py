@@ -13,6 +13,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.examples.test_serve import DIGITS, Server
+from tests.support.browser import chromium
 
 pytestmark = [
     pytest.mark.browser,
@@ -34,18 +35,8 @@ def server() -> Iterator[Server]:
 @pytest.fixture(params=[(1280, "light"), (390, "dark")], ids=str)
 def browser(request: pytest.FixtureRequest) -> Iterator[webdriver.Chrome]:
     width, scheme = request.param
-    options = webdriver.ChromeOptions()
-    for word in ("--headless=new", "--no-sandbox", "--disable-gpu"):
-        options.add_argument(word)
-    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    try:
-        metrics = {"width": width, "height": 1400, "deviceScaleFactor": 1, "mobile": False}
-        chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-        yield chrome
-    finally:
-        chrome.quit()
+    with chromium(width, 1400, scheme=scheme) as page:
+        yield page
 
 
 def test_a_photo_gets_its_labels_and_a_map(

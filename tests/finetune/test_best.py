@@ -16,21 +16,11 @@ from dpn_jax.finetune import FinetuneConfig, Finetuned, TrainState, finetune
 from dpn_jax.finetune import best as best_module
 from dpn_jax.finetune import loop as loop_module
 from tests.support.changed_models import SqueezeExciteAfter
-from tests.support.finetune_runs import COLORS, contents, write_images, write_weights
+from tests.support.finetune_runs import COLORS, contents
 from tests.support.models import TINY
 
 CONFIG = FinetuneConfig(epochs=2, batch_size=8, workers=0, optimizer="sgd", learning_rate=0.02, warmup_epochs=0)
 FILES = {"report/confusion.csv", "report/predictions.csv", "report/report.html", "report/results.json"}
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images") / "colors")
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from dpn_jax.finetune import FinetuneConfig, Finetuned, RunError, TrainState, fi
 from dpn_jax.finetune import loop as loop_module
 from tests.support import models
 from tests.support.changed_models import Halved, SqueezeExciteAfter
-from tests.support.finetune_runs import COLORS, contents, write_images
+from tests.support.finetune_runs import COLORS, contents
 from tests.support.models import values
 
 TINY = models.TINY.replace(depths=(1,), dense_increments=(4,), num_classes=3)
@@ -48,11 +48,6 @@ def gated(seed: int = 5, **changes: Any) -> dpn_jax.DPN:
 def small(model: dpn_jax.DPN) -> dpn_jax.DPN:
     model.provenance = model.provenance._replace(preprocessing=Preprocessing(image_size=32))
     return model
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images") / "colors")
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from dpn_jax.finetune import (
 from dpn_jax.finetune import loop as loop_module
 from dpn_jax.finetune.metrics import quality
 from dpn_jax.finetune.report import METRICS, Log
-from tests.support.finetune_runs import COLORS, contents, write_images, write_weights
+from tests.support.finetune_runs import COLORS, contents
 from tests.support.models import TINY
 
 CONFIG = FinetuneConfig(
@@ -51,16 +51,6 @@ def a_line_an_epoch() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop_module, "_LOGS_PER_EPOCH", 1)
         yield
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images") / "colors")
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
 
 
 @pytest.fixture(scope="module")
