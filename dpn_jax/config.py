@@ -268,6 +268,16 @@ VARIANTS: dict[str, DPNConfig] = {
         stem_features=16,
         stem_kernel=3,
     ),
+    # not timm's: for photos of 64 pixels, and still small enough to come with the package
+    "dpn_mini": DPNConfig(
+        depths=(2, 3, 3),
+        dense_increments=(8, 12, 12),
+        bottleneck_width=32,
+        groups=4,
+        residual_width=64,
+        stem_features=16,
+        stem_kernel=3,
+    ),
 }
 
 
@@ -276,7 +286,7 @@ def list_models() -> list[str]:
 
     Example:
       >>> list_models()
-      ['dpn48b', 'dpn68', 'dpn68b', 'dpn92', 'dpn98', 'dpn131', 'dpn107', 'dpn_tiny']
+      ['dpn48b', 'dpn68', 'dpn68b', 'dpn92', 'dpn98', 'dpn131', 'dpn107', 'dpn_tiny', 'dpn_mini']
     """
     return list(VARIANTS)
 

@@ -1,6 +1,7 @@
 """The best weights of a run, measured on its validation images: a report in the run's folder."""
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from dpn_jax.evaluation.evaluate import collect
 from dpn_jax.evaluation.report import model_facts, write_report
 from dpn_jax.finetune.config import FinetuneConfig
 from dpn_jax.finetune.interruption import Interruption
+from dpn_jax.finetune.record import name_in
 from dpn_jax.images.sources import Unlabeled, are_crops
 from dpn_jax.images.splits import ImageFolder
 from dpn_jax.inference.classifier import Classifier
@@ -30,6 +32,7 @@ def report_best(
     images: ImageFolder,
     config: FinetuneConfig,
     *,
+    root: Path,
     step: int,
     interruption: Interruption,
     note: Callable[[str], None],
@@ -43,6 +46,7 @@ def report_best(
       model: makes the model.
       images: the validation images.
       config: the options.
+      root: the images' folder, absolute; the report names them as `images.json` does.
       step: after which the weights are the best.
       interruption: asks to stop; the report is then left to a resumed run.
       note: called with each message, a line.
@@ -63,6 +67,7 @@ def report_best(
     if not len(result):
         note(f"{shown(folder)}: not written, none of the validation images can be read")
         return
+    result = dataclasses.replace(result, files=tuple(name_in(root, file) for file in result.files))
     settings = classifier.transform.preprocessing
     size = sum(x.size for x in jax.tree.leaves(nnx.state(best, nnx.Param)))
     facts = model_facts(best.provenance.source, settings, config.dtype, size) | {"step": step}

@@ -172,6 +172,16 @@ def read_record(output: Path) -> dict[str, Any]:
     return _read(output / RECORD, f"{shown(output)}: no run to resume (no {RECORD} in it); drop --resume to start one")
 
 
+def name_in(root: Path, file: str) -> str:
+    """How a run names an image, wherever its folder is.
+
+    Example:
+      >>> name_in(Path("/photos"), "/photos/train/cat/1.jpg")
+      'train/cat/1.jpg'
+    """
+    return readable_path(file).relative_to(root).as_posix()
+
+
 def write_images(output: Path, root: Path, splits: Mapping[str, ImageFolder], broken: Mapping[str, str]) -> None:
     """Writes `images.json`: the run's images by split and class, so that a resumed run sees the same ones.
 
@@ -184,11 +194,11 @@ def write_images(output: Path, root: Path, splits: Mapping[str, ImageFolder], br
     Raises:
       RunError: it cannot be written.
     """
-    listed: dict[str, Any] = {"broken": {_relative(file, root): why for file, why in broken.items()}}
+    listed: dict[str, Any] = {"broken": {name_in(root, file): why for file, why in broken.items()}}
     for split, folder in splits.items():
         classes = listed[split] = {name: [] for name in folder.class_names}
         for file, label in zip(folder.files, folder.labels, strict=True):
-            classes[folder.class_names[label]].append(_relative(file, root))
+            classes[folder.class_names[label]].append(name_in(root, file))
     _write(output / IMAGES, listed)
 
 
@@ -236,10 +246,6 @@ def find_images(
 def _count(number: int, split: str = "") -> str:
     kind = {"train": "training ", "val": "validation "}.get(split, "")
     return f"one {kind}image" if number == 1 else f"{number} {kind}images"
-
-
-def _relative(file: str, root: Path) -> str:
-    return readable_path(file).relative_to(root).as_posix()
 
 
 def _as_tuple(value: object) -> object:

@@ -28,7 +28,7 @@ from dpn_jax.finetune.start import Given, Images, Start, new, resumed
 from dpn_jax.finetune.step import TrainState
 from dpn_jax.model import DPN
 from dpn_jax.multihost import data_mesh, is_first, on_first, replicate
-from dpn_jax.paths import local_path
+from dpn_jax.paths import local_path, readable_path
 
 WEIGHTS = "model.safetensors"
 
@@ -156,7 +156,8 @@ def finetune(
         on_first(lambda: save(best.model(ema=ema), output / WEIGHTS, overwrite=True))
         say(f"{output / WEIGHTS}: the {'moving average of the ' if ema else ''}weights after step {step}")
         if config.report:
-            options = {"step": step, "interruption": interruption, "note": say}
+            root = readable_path(record.folder)
+            options = {"root": root, "step": step, "interruption": interruption, "note": say}
             report_best(output, lambda: best.model(ema=ema), images.val, config, **options)
         by = interruption.signal
         return Finetuned(output, output / WEIGHTS, training.step, training.steps.total, training.best, by)

@@ -59,7 +59,7 @@ def interrupted(change: Callable[[], None], after: int) -> Callable[..., object]
     return step
 
 
-def test_it_is_about_the_best_weights_and_the_validation_images(finished: Finetuned) -> None:
+def test_it_is_about_the_best_weights_and_the_validation_images(finished: Finetuned, images: Path) -> None:
     assert contents(finished.output).keys() >= FILES
     folder = finished.output / "report"
     results = json.loads((folder / "results.json").read_text())
@@ -70,9 +70,9 @@ def test_it_is_about_the_best_weights_and_the_validation_images(finished: Finetu
     assert results["loss"] == pytest.approx(finished.best["loss"], rel=1e-3)
     with (folder / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {Path(row["file"]).name for row in rows if row["label"] == "red"} == {Path(f).name for f in listed["red"]}
+    assert {row["file"] for row in rows if row["label"] == "red"} == set(listed["red"]), "as images.json names them"
     best = dpn_jax.Classifier.from_pretrained(finished.weights)
-    for row, found in zip(rows, best([row["file"] for row in rows], top_k=1), strict=True):
+    for row, found in zip(rows, best([images / row["file"] for row in rows], top_k=1), strict=True):
         assert (row["prediction"], f"{found[0].probability:.4f}") == (
             found[0].label,
             f"{float(row['probability']):.4f}",

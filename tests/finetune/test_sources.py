@@ -191,7 +191,7 @@ def test_a_damaged_shard_is_found_named_and_skipped(photos: Path, tmp_path: Path
     assert isinstance(images.packed, PackedImages)
 
 
-CONFIG = FinetuneConfig(epochs=2, batch_size=4, workers=0, image_size=32, warmup_epochs=0, seed=1, report=False)
+CONFIG = FinetuneConfig(epochs=2, batch_size=4, workers=0, image_size=32, warmup_epochs=0, seed=1)
 
 
 @pytest.mark.slow
