@@ -50,8 +50,9 @@ _SLOW_EXAMPLES = {"train_step", "fast_apply", "fast_forward", "export_model", "C
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks as slow what cannot be marked where it is: examples, all tests of the finished run of `finetune/test_run`,
-    and what runs in a step of its own.
+    """Marks as slow what cannot be marked where it is.
+
+    Examples, all tests of the finished run of `finetune/test_run`, and what runs in a step of its own.
     """
     for item in items:
         example = isinstance(item, pytest.DoctestItem) and item.name.rpartition(".")[2] in _SLOW_EXAMPLES

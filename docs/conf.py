@@ -118,6 +118,7 @@ class CommandHelp(SphinxDirective):
     final_argument_whitespace = True
 
     def run(self) -> list[nodes.Node]:
+        """Runs the command."""
         words = self.arguments[0].split()
         command = [sys.executable, *(words if words[0] == "-m" else ["-m", "dpn_jax", *words]), "--help"]
         environment = os.environ | {"COLUMNS": "88", "NO_COLOR": "1", "TERM": "dumb", "PYTHONIOENCODING": "utf-8"}
@@ -126,6 +127,7 @@ class CommandHelp(SphinxDirective):
 
 
 def setup(app: Sphinx) -> None:
+    """What Sphinx calls."""
     app.add_directive("command-help", CommandHelp)
     app.connect("env-check-consistency", every_public_name_is_documented)
     app.connect("missing-reference", link_to_public_name)

@@ -38,6 +38,7 @@ class Stem(nnx.Module):
         self.norm = norm(config.stem_features, activation=config.outer_activation, **options)
 
     def __call__(self, images: jax.Array) -> jax.Array:
+        """`[B, H, W, C]` to `[B, H / 2, W / 2, stem_features]`, rounded up."""
         return self.norm(self.conv(images))
 
 
@@ -65,6 +66,7 @@ class Expand(nnx.Module):
         self.residual_channels = stage.residual
 
     def __call__(self, x: jax.Array) -> DualPath:
+        """`[B, H, W, bottleneck]` to what is added and what is appended."""
         x = self.norm(x)
         if self.split:
             return DualPath(self.residual(x), self.dense(x))

@@ -193,11 +193,19 @@ class DPNConfig:
         return self.num_features * (2 if self.global_pool == "catavgmax" else 1)
 
     def replace(self, **changes: object) -> "DPNConfig":
-        """A copy with some fields changed, checked like a new one."""
+        """A copy with some fields changed, checked like a new one.
+
+        Args:
+          changes: fields and their new values.
+        """
         return dataclasses.replace(self, **changes)
 
     def check_images(self, shape: tuple[int, ...], dtype: object) -> None:
         """Refuses what is no batch of images for this architecture.
+
+        Args:
+          shape: of the images.
+          dtype: of their values.
 
         Raises:
           ValueError: the shape is not `[B, H, W, in_channels]`, or the values are not floats.
@@ -258,7 +266,7 @@ VARIANTS: dict[str, DPNConfig] = {
     "dpn107": DPNConfig(
         depths=(4, 8, 20, 3), dense_increments=(20, 64, 64, 128), bottleneck_width=200, groups=50, stem_features=128
     ),
-    # not timm's: small enough to come with the package, and trained in minutes
+    # OWN_VARIANTS: small enough to come with the package, and trained in minutes or, for photos of 64 pixels, in an hour
     "dpn_tiny": DPNConfig(
         depths=(1, 2, 2, 1),
         dense_increments=(8, 8, 8, 8),
@@ -268,7 +276,6 @@ VARIANTS: dict[str, DPNConfig] = {
         stem_features=16,
         stem_kernel=3,
     ),
-    # not timm's: for photos of 64 pixels, and still small enough to come with the package
     "dpn_mini": DPNConfig(
         depths=(2, 3, 3),
         dense_increments=(8, 12, 12),
@@ -279,6 +286,9 @@ VARIANTS: dict[str, DPNConfig] = {
         stem_kernel=3,
     ),
 }
+
+OWN_VARIANTS = frozenset({"dpn_tiny", "dpn_mini"})
+"""Those that timm does not have."""
 
 
 def list_models() -> list[str]:

@@ -10,12 +10,12 @@ _MOST = 200  # characters of a name or a reason
 
 
 def reason(error: BaseException) -> str:
-    """Why something failed, in one printable line of at most 200 characters.
+    r"""Why something failed, in one printable line of at most 200 characters.
 
     Example:
       >>> reason(FileNotFoundError(2, "No such file or directory", "photo.jpg"))
       'No such file or directory'
-      >>> reason(RuntimeError("write failed:\\n  OS error 28: No space left on device [...]"))
+      >>> reason(RuntimeError("write failed:\n  OS error 28: No space left on device [...]"))
       'No space left on device'
     """
     if isinstance(error, OSError) and error.strerror:
@@ -26,11 +26,11 @@ def reason(error: BaseException) -> str:
 
 
 def shown(path: str | bytes | os.PathLike) -> str:
-    """How a message prints a path or a name: on one line, printable, at most 200 characters.
+    r"""How a message prints a path or a name: on one line, printable, at most 200 characters.
 
     Example:
-      >>> shown("photo.jpg"), shown("new\\nline.jpg")
-      ('photo.jpg', "'new\\\\nline.jpg'")
+      >>> shown("photo.jpg"), shown("new\nline.jpg")
+      ('photo.jpg', "'new\\nline.jpg'")
     """
     return shortened(printable(path), _MOST)
 

@@ -219,7 +219,11 @@ class DPN(nnx.Module):
         self.classifier = nnx.data(_classifier(self.config, rngs=rngs, **options))
 
     def set_view(self, operations: Operations | None = None) -> None:
-        """For `nnx.view`: other operations."""
+        """For `nnx.view`: other operations.
+
+        Args:
+          operations: None keeps those that it has.
+        """
         self.operations = operations or self.operations
 
     def _run(self, stage: nnx.List[DualPathBlock], x: DualPath | jax.Array) -> DualPath:

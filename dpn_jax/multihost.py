@@ -271,6 +271,10 @@ def replicate(tree: Tree, mesh: Mesh) -> Tree:
     """Copies a tree of arrays, such as a `TrainState`, onto every device of a mesh.
 
     With several processes, each passes the same values; nothing is sent.
+
+    Args:
+      tree: of arrays.
+      mesh: whose devices get it, such as `data_mesh()`.
     """
     sharding = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.array(x)), tree)

@@ -87,6 +87,9 @@ class Preprocessing:
     def for_channels(self, channels: int) -> Self:
         """The same for images of another number of channels, of which each gets the average mean and deviation.
 
+        Args:
+          channels: their number.
+
         Example:
           >>> Preprocessing(mean=(0.25, 0.5, 0.75), std=(0.5, 0.5, 0.5)).for_channels(1).mean
           (0.5,)

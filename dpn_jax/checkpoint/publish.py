@@ -14,7 +14,7 @@ from dpn_jax.checkpoint.hub import hub_id
 from dpn_jax.checkpoint.save import convert, save
 from dpn_jax.checkpoint.timm_config import FIELDS
 from dpn_jax.checkpoint.write import write_atomically
-from dpn_jax.config import VARIANTS, DPNConfig, variant_of
+from dpn_jax.config import OWN_VARIANTS, VARIANTS, DPNConfig, variant_of
 from dpn_jax.errors import CheckpointError, shown
 from dpn_jax.model import DPN
 from dpn_jax.paths import local_path
@@ -164,7 +164,7 @@ def timm_config(
     if len(config.depths) > 4:
         raise ValueError(f"timm's DPN has at most 4 stages, got {len(config.depths)}")
     variant = variant_of(config)
-    known = variant is not None and variant in _TIMMS_VARIANTS
+    known = variant is not None and variant not in OWN_VARIANTS
     args: dict[str, Any] = {}
     if not known:
         variant = "dpn68b" if config.split_expand else "dpn92"
@@ -199,6 +199,3 @@ def timm_config(
         },
     }
     return found | ({"label_names": list(class_names)} if class_names else {})
-
-
-_TIMMS_VARIANTS = frozenset(VARIANTS) - {"dpn_tiny"}

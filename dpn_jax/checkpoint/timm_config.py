@@ -38,8 +38,9 @@ class Described(NamedTuple):
 
 
 def read_timm_config(path: Path) -> Described:
-    """Reads a `config.json`; old ones have the fields of `pretrained_cfg` at the top, and a field that is missing has
-    timm's default.
+    """Reads a `config.json`; a field that is missing has timm's default.
+
+    Old ones have the fields of `pretrained_cfg` at the top.
 
     Returns:
       What it says; nothing if it is the record of a fine-tuning run, whose weights say more.

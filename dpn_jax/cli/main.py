@@ -127,10 +127,10 @@ def has_device() -> bool:
 
 
 def printed_instead(error: UnicodeError) -> tuple[str | bytes, int]:
-    """What is printed of a character that the output's encoding lacks; an error handler for `codecs`.
+    r"""What is printed of a character that the output's encoding lacks; an error handler for `codecs`.
 
     Returns:
-      A byte of a file name that is not UTF-8 as it is, or else an escape such as `\\u2192`; and where to go on.
+      A byte of a file name that is not UTF-8 as it is, or else an escape such as `\u2192`; and where to go on.
     """
     error.end = error.start + 1
     try:

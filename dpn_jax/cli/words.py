@@ -67,10 +67,10 @@ def parse(words: Sequence[str]) -> Command:
 
 
 def unboxed(box: str) -> str:
-    """The text in a box of tyro's on one line, whose first line is a title and whose sections are divided by rules.
+    r"""The text in a box of tyro's on one line, whose first line is a title and whose sections are divided by rules.
 
     Example:
-      >>> print(unboxed("╭─ Wrong ─────╮\\n│ No --lr.    │\\n│ ─────────── │\\n│ See --help. │\\n╰─────────────╯"))
+      >>> print(unboxed("╭─ Wrong ─────╮\n│ No --lr.    │\n│ ─────────── │\n│ See --help. │\n╰─────────────╯"))
       No --lr; See --help
     """
     box = re.sub(r"\x1b\[[0-9;]*m", "", box)

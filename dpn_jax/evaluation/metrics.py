@@ -13,7 +13,12 @@ _BINS = 15
 
 
 class Proportion(NamedTuple):
-    """A count out of a total, such as an accuracy."""
+    """A count out of a total, such as an accuracy.
+
+    Args:
+      count: how many are meant.
+      total: out of how many.
+    """
 
     count: int
     total: int
@@ -129,6 +134,9 @@ class Evaluation:
     def top(self, k: int) -> Proportion:
         """The images that have a right answer among their `k` most probable classes.
 
+        Args:
+          k: 1 to K.
+
         Raises:
           ValueError: `k` is not 1 to K.
         """
@@ -189,6 +197,9 @@ class Evaluation:
     def calibration(self, temperature: float = 1.0) -> Calibration:
         """How far the probabilities can be trusted, with the logits divided by a temperature.
 
+        Args:
+          temperature: positive; 1 leaves the probabilities as they are.
+
         Raises:
           ValueError: the temperature is not positive.
         """
@@ -223,7 +234,11 @@ class Evaluation:
         return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.01), np.log(100)), method="bounded").x))
 
     def mistakes(self, most: int) -> list[int]:
-        """Indices of the images that were answered wrongly with the largest probability, that one first."""
+        """Indices of the images that were answered wrongly with the largest probability, that one first.
+
+        Args:
+          most: as many, or fewer if there are no more.
+        """
         wrong = np.flatnonzero(self.predictions != self.labels)
         return wrong[np.argsort(-self.confidences[wrong], kind="stable")][:most].tolist()
 

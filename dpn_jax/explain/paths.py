@@ -34,6 +34,7 @@ class PathShares(NamedTuple):
     """What one block reads from the two paths, over all images and pixels."""
 
     stage: int
+    """Index of the stage, from 0."""
     block: int
     """The block is `model.stages[stage][block]`."""
     input: Shares

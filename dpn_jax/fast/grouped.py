@@ -90,8 +90,7 @@ def swap_axis(array: Array, first: int, second: int, axis: int) -> Array:
 def grouped_conv(
     x: jax.Array, kernel: jax.Array, *, groups: int, stride: int = 1, formulation: Native = Native()
 ) -> jax.Array:
-    """A grouped 3x3 convolution with one pixel of padding, as ResNeXt, RegNet and DPN have it, in the given
-    formulation.
+    """A grouped 3x3 convolution with one pixel of padding, as ResNeXt, RegNet and DPN have it.
 
     Differentiable in both arguments (`Lanes` in reverse mode only); the gradient reaches only the kernel's real
     entries.

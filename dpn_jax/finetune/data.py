@@ -37,6 +37,10 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
     Its state is the index of the next batch and a fingerprint of the data, whatever the workers have prefetched.
     `close` it, or use it in a `with` statement, to end the workers at once.
 
+    Args:
+      source: every batch of the run, by its index; `batches` makes it.
+      workers: processes; 0 uses threads.
+
     Attributes:
       per_epoch: batches in one pass over the data.
     """
@@ -68,6 +72,9 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
 
     def set_state(self, state: IteratorState) -> None:
         """Continues where `state` was taken.
+
+        Args:
+          state: from `get_state`.
 
         Raises:
           DataError: `state` is of other images, another batch size or another seed.

@@ -39,6 +39,10 @@ def frozen_norms(config: FinetuneConfig, model: DPN) -> tuple[str, ...]:
     All of them for `norms="frozen"`; otherwise those whose parameters `freeze` does not train. A norm is any module
     with statistics (`nnx.BatchStat`) of its own.
 
+    Args:
+      config: its `freeze` and `norms`.
+      model: the model, stock or changed.
+
     Raises:
       ValueError: `config.freeze` does not fit the model, or a norm that must be frozen has no `use_running_average`,
         or is found by no name where the name decides what is trained.

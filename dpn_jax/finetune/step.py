@@ -54,12 +54,15 @@ class TrainState:
     step: jax.Array
     """int32, batches seen."""
     params: nnx.State
+    """Parameters, of the model's `param_dtype`."""
     statistics: nnx.State
     """Running statistics of the norms."""
     optimizer: optax.OptState
+    """What optax keeps: momenta, the number of updates."""
     ema: tuple[nnx.State, nnx.State] | None
     """Averages of `params` and `statistics`, if `config.ema_decay` is set."""
     setup: Setup = dataclasses.field(metadata={"static": True})
+    """What does not change: the model's structure, the optimizer, the options."""
 
     @classmethod
     def create(
@@ -129,6 +132,9 @@ class TrainState:
 
     def weights(self, *, ema: bool = False) -> tuple[nnx.State, nnx.State]:
         """Parameters and norm statistics, or their averages.
+
+        Args:
+          ema: the averages.
 
         Raises:
           ValueError: there are no averages.

@@ -48,7 +48,7 @@ def image_files(folder: str | os.PathLike) -> list[Path]:
 
 
 def class_folders(root: str | os.PathLike) -> dict[str, list[Path]]:
-    """Lists the images of `root/<class>/**`, class by class; no image is opened.
+    r"""Lists the images of `root/<class>/**`, class by class; no image is opened.
 
     Args:
       root: the folder, also in a bucket, that holds one folder of images per class. Files beside the class folders are
@@ -57,7 +57,7 @@ def class_folders(root: str | os.PathLike) -> dict[str, list[Path]]:
     Returns:
       The images of each class, sorted, as paths that begin with `root`. The classes are in the natural order of their
       names (2 before 10), which are the folders' in Unicode's composed form (NFC); bytes that are not UTF-8 are written
-      as `\\xff`.
+      as `\xff`.
 
     Raises:
       ImageError: `root` is not a folder, it or a folder in it cannot be listed, it has no class folders, a class has no

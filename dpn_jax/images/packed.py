@@ -178,11 +178,11 @@ class PackedImages(Sequence[tuple[bytes | np.ndarray, int]]):
 
 
 def identity(files: Sequence[str], labels: Sequence[int]) -> bytes:
-    """Names and classes of images, in their order; where they are makes no difference.
+    r"""Names and classes of images, in their order; where they are makes no difference.
 
     Example:
       >>> identity(["cats/1.png"], [0])
-      b'0/1.png\\x00'
+      b'0/1.png\x00'
     """
     return b"".join(
         b"%d/%s\0" % (label, os.fsencode(Path(file).name)) for file, label in zip(files, labels, strict=True)

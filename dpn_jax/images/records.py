@@ -34,8 +34,10 @@ class ImageBytes(bytes):
     """The content of an image's file, and the name that messages give it."""
 
     name: str
+    """What messages call it."""
 
     def __new__(cls, content: bytes, name: str) -> Self:
+        """`bytes.__new__` takes no name."""
         self = super().__new__(cls, content)
         self.name = name
         return self

@@ -63,6 +63,9 @@ class ImageFolder:
     def without(self, files: Collection[str]) -> "ImageFolder":
         """The same without some of the files, such as those that `find_broken` found.
 
+        Args:
+          files: paths, as in `files`; others are ignored.
+
         Raises:
           DataError: a class would have no images left.
 
@@ -78,6 +81,9 @@ class ImageFolder:
 
     def select(self, indices: Collection[int]) -> "ImageFolder":
         """The images at some indices, in their order here; none of them is skipped.
+
+        Args:
+          indices: in any order.
 
         Example:
           >>> ImageFolder(("cat", "dog"), ("a.png", "b.png", "c.png"), (0, 1, 1)).select({2, 0}).labels

@@ -86,7 +86,7 @@ def is_table(path: Path) -> bool:
 
 
 def read_table(path: Path) -> Table:
-    """Reads a CSV file with the columns `image` and `label`.
+    r"""Reads a CSV file with the columns `image` and `label`.
 
     Lines that are not complete, or name an image again, are problems, and so is another delimiter than a comma.
 
@@ -102,7 +102,7 @@ def read_table(path: Path) -> Table:
     Example:
       >>> import pathlib, tempfile
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "cats.csv"
-      >>> _ = path.write_text("image;label\\na.jpg;cat\\nb.jpg\\n")
+      >>> _ = path.write_text("image;label\na.jpg;cat\nb.jpg\n")
       >>> [line for line, _ in read_table(path).problems]
       [1, 3]
     """

@@ -78,7 +78,6 @@ class Runner:
         Raises:
           RunError, DataError: as `stream_in_processes`.
         """
-
         if jax.process_count() == 1:  # nothing to encode
             return self.stream_logits(images, prepared=prepared, total=len(images))
 
