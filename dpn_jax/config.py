@@ -266,7 +266,7 @@ VARIANTS: dict[str, DPNConfig] = {
     "dpn107": DPNConfig(
         depths=(4, 8, 20, 3), dense_increments=(20, 64, 64, 128), bottleneck_width=200, groups=50, stem_features=128
     ),
-    # OWN_VARIANTS: small enough to come with the package, and trained in minutes or, for photos of 64 pixels, in an hour
+    # OWN_VARIANTS: small enough to come with the package, and trained in minutes; dpn_mini, for photos, in an hour
     "dpn_tiny": DPNConfig(
         depths=(1, 2, 2, 1),
         dense_increments=(8, 8, 8, 8),
