@@ -30,4 +30,4 @@ from dpn_jax.model import create_model as create_model
 from dpn_jax.pretrained import Preprocessing as Preprocessing
 from dpn_jax.pretrained import list_pretrained as list_pretrained
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -8,6 +8,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import dpn_jax
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -42,3 +44,11 @@ def test_the_oldest_and_the_newest_python_are_tried() -> None:
     tried = re.findall(r"^run (?:lowest-direct|highest) (\S+)", (ROOT / ".ci" / "versions").read_text(), re.M)
     assert PROJECT["requires-python"] == f">={named[0]}"
     assert tried == [named[0], named[-1]]
+
+
+def test_the_files_of_a_release_agree() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    version, date = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)$", text, re.M)[0]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert version == dpn_jax.__version__
+    assert f"\nversion: {version}\ndate-released: {date}\n" in citation
