@@ -36,6 +36,8 @@ class Facts:
     """Its id on the hub."""
     evaluated_on: str
     """What the tag's `top1` and `top5` are of."""
+    split: str = "validation"
+    """Which part of the dataset that is."""
     example: str
     """A picture."""
     answer: str | None = None
@@ -125,7 +127,7 @@ def _metadata(name: str, tag: PretrainedTag, facts: Facts) -> ModelCardData:
         task_type="image-classification",
         dataset_type=facts.dataset,
         dataset_name=facts.evaluated_on,
-        dataset_split="validation",
+        dataset_split=facts.split,
         metric_type="accuracy",
         source_name=_results(name)[0].source if by_timm else None,
         source_url=_PROSE["sources"]["timm"] if by_timm else None,

@@ -23,7 +23,8 @@ for folder, kind in (("notebooks", "*.ipynb"), ("recipes", "*.md")):  # Sphinx t
     shutil.rmtree(ROOT / "docs" / folder, ignore_errors=True)
     (ROOT / "docs" / folder).mkdir()
     for page in (ROOT / folder).glob(kind):
-        shutil.copy2(page, ROOT / "docs" / folder)
+        text = page.read_text(encoding="utf-8").replace("](../docs/", "](../")
+        (ROOT / "docs" / folder / page.name).write_text(text, encoding="utf-8")
 
 project = "dpn_jax"
 author = "the dpn_jax authors"

@@ -176,6 +176,16 @@ PRETRAINED: dict[str, PretrainedTag] = {
         packaged="dpn_tiny_digits.safetensors",
         data="digits",
     ),
+    # by recipes/dpn_mini_cifar10.md
+    "dpn_mini.cifar10": PretrainedTag(
+        variant="dpn_mini",
+        preprocessing=Preprocessing(image_size=64),
+        top1=85.09,
+        top5=99.31,
+        num_classes=10,
+        packaged="dpn_mini_cifar10.safetensors",
+        data="CIFAR-10",
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""A service that classifies photos, to start from: `python examples/serve.py --model dpn_tiny.digits`.
+"""A service that classifies photos, to start from: `python examples/serve.py --model dpn_mini.cifar10`.
 
 `/` is a page to drop a photo on. `POST /classify` takes an image as its body, or several as a form
 (`-F image=@cat.jpg`), and answers in JSON; `?explain=1` adds a Grad-CAM of each. Images of different requests share
@@ -48,7 +48,7 @@ WAITING = Gauge("dpn_waiting_images", "Images that are accepted and not answered
 class Options:
     """Serve a model over HTTP."""
 
-    model: str = "dpn_tiny.digits"
+    model: str = "dpn_mini.cifar10"
     """A pretrained tag, hub id, file or folder."""
     host: str = "127.0.0.1"
     port: int = 8000

@@ -15,22 +15,26 @@ from sklearn.datasets import load_digits
 SIZE = 32
 
 
-def main(folder: tyro.conf.Positional[Path], /) -> None:
+def main(folder: tyro.conf.Positional[Path], /, *, per_class: int | None = None) -> None:
     """Write the digits.
 
     Args:
       folder: the folder to make; it must not exist.
+      per_class: of each digit, train on so many only.
     """
+    folder.mkdir(parents=True)
     digits = load_digits()
-    seen = dict.fromkeys(range(10), 0)
+    seen = {"train": [0] * 10, "val": [0] * 10}
     for number, (pixels, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
-        split = "val" if seen[digit] % 5 == 4 else "train"
-        seen[digit] += 1
+        split = "val" if (seen["train"][digit] + seen["val"][digit]) % 5 == 4 else "train"
+        seen[split][digit] += 1
+        if split == "train" and per_class is not None and seen[split][digit] > per_class:
+            continue
         path = folder / split / str(digit) / f"{number:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(np.round(pixels * 255 / 16).astype(np.uint8))
         image.resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(path)
-    print(f"{folder}: {number + 1} digits")
+    print(f"{folder}: {len(list(folder.glob('*/*/*')))} digits")
 
 
 if __name__ == "__main__":

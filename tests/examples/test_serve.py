@@ -36,12 +36,12 @@ class Server:
       process: it.
     """
 
-    def __init__(self, *words: object) -> None:
+    def __init__(self, *words: object, model: str = "dpn_tiny.digits") -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, str(ROOT / "examples" / "serve.py"), "--model", "dpn_tiny.digits"]
+        command = [sys.executable, str(ROOT / "examples" / "serve.py"), "--model", model]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "NO_PROXY": "127.0.0.1"}
         self.process = subprocess.Popen(
             [*command, "--port", str(self.port), *map(str, words)], stderr=subprocess.PIPE, text=True, env=environment
