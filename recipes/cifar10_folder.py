@@ -47,7 +47,7 @@ def main(folder: tyro.conf.Positional[Path], /, *, archive: Path | None = None, 
             path = folder / ("val" if index >= len(photos) - held_out and held_out else split) / class_name / photo.file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(photo.content())
-    print(f"{folder}: {sum(map(len, found.values()))} photos")
+    print(f"{folder.name}: {sum(map(len, found.values()))} photos")
 
 
 def from_archive(archive: Path) -> Iterator[Photo]:

@@ -34,7 +34,7 @@ def main(folder: tyro.conf.Positional[Path], /, *, per_class: int | None = None)
         path.parent.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(np.round(pixels * 255 / 16).astype(np.uint8))
         image.resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(path)
-    print(f"{folder}: {len(list(folder.glob('*/*/*')))} digits")
+    print(f"{folder.name}: {len(list(folder.glob('*/*/*')))} digits")
 
 
 if __name__ == "__main__":

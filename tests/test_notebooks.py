@@ -24,6 +24,8 @@ def test_the_notebooks_are_found() -> None:
         "01_quickstart",
         "02_finetune_with_optax",
         "03_port_your_weights",
+        "04_two_paths",
+        "05_explain",
         "06_change_the_block",
         "07_dense_prediction",
         "08_scaling",
