@@ -21,6 +21,7 @@ from benchmarks.report import print_setting
 from benchmarks.tpu.compile import Compiled, Form, compile_for, dump_folder, inference, mesh_of, training
 from benchmarks.tpu.cycles import CHIPS, Cost, costs, read_schedules, transferred
 from benchmarks.tpu.program import Program
+from dpn_jax.fast.grouped import Merged
 from dpn_jax.fast.plan import PLANS
 from dpn_jax.pretrained import get_config
 
@@ -43,6 +44,10 @@ class Options:
     """A classifier's program; a training step; one that recomputes activations (`remat`)."""
     forms: tuple[Form, ...] = ("fast", "plain")
     """The fast formulation, the plain one."""
+    merge_widths: tuple[int, ...] = ()
+    """Try these for the plan's fewest channels of a merged group, in the fast form of inference."""
+    vmem_kib: tuple[int, ...] = ()
+    """Try these for the compiler's limit of scoped VMEM, KiB, likewise."""
     size: int = 224
     """Side of the images, pixels."""
     operations: int = 0
@@ -55,21 +60,27 @@ class Options:
 
 def main(options: Options) -> None:
     """Prints a row for each program."""
+    if (options.merge_widths or options.vmem_kib) and (options.tasks, options.forms) != (("inference",), ("fast",)):
+        raise SystemExit("--merge-widths and --vmem-kib are for --tasks inference --forms fast")
     dump_folder()  # before the compiler is loaded
     report = {"setting": print_setting("benchmarks.tpu_compile"), "rows": []}
     print(f"bfloat16, {options.size} pixels; M cycles a batch, GB and MB a chip\n")
     print(
-        f"{'model':<8}{'task':<10}{'topology':<9}{'chips':>6}{'batch':>7}  {'form':<6}{'cycles':>8}{'compute':>9}"
+        f"{'model':<8}{'task':<10}{'topology':<9}{'chips':>6}{'batch':>7}  {'form':<6}{'merge':>6}{'VMEM KiB':>9}"
+        f"{'cycles':>8}{'compute':>9}"
         f"{'GB':>7}{'async GB':>9}{'heuristic':>10}{'memory MB':>10}{'compile s':>10}"
     )
     choices = (options.models, options.tasks, options.topologies, options.chips, options.batches, options.forms)
-    for choice in itertools.product(*choices):
-        row = dict(zip(("model", "task", "topology", "chips", "batch", "form"), choice, strict=True))
+    tried = (options.merge_widths or (None,), options.vmem_kib or (None,))
+    names = ("model", "task", "topology", "chips", "batch", "form", "merge", "vmem_kib")
+    for choice in itertools.product(*choices, *tried):
+        row = dict(zip(names, choice, strict=True))
         row |= measure(row, options)
         report["rows"].append(row)
         print(
             f"{row['model']:<8}{row['task']:<10}{row['topology']:<9}{row['chips']:>6}{row['batch']:>7}  "
-            f"{row['form']:<6}{row['cycles'] / 1e6:>8.1f}{row['compute'] / 1e6:>9.1f}{row['bytes'] / 1e9:>7.1f}"
+            f"{row['form']:<6}{row['merge'] or '-':>6}{row['vmem_kib'] or '-':>9}"
+            f"{row['cycles'] / 1e6:>8.1f}{row['compute'] / 1e6:>9.1f}{row['bytes'] / 1e9:>7.1f}"
             f"{row['async_bytes'] / 1e9:>9.1f}{row['heuristic'] / 1e6:>10.1f}{row['memory'] / 1e6:>10.0f}"
             f"{row['compile_s']:>10.0f}",
             flush=True,
@@ -82,18 +93,24 @@ def measure(row: dict[str, object], options: Options) -> dict[str, float]:
     """Compiles the program of a row, and reads what the compiler wrote."""
     config, mesh = get_config(row["model"]), mesh_of(row["topology"], row["chips"])
     shape = {"batch": row["batch"], "size": options.size, "form": row["form"]}
+    plan = PLANS["tpu"]
+    if row["merge"]:
+        plan = dataclasses.replace(plan, grouped=((32, Merged(width=row["merge"])),))
+    if row["vmem_kib"]:
+        limit = ("xla_tpu_scoped_vmem_limit_kib", str(row["vmem_kib"]))
+        plan = dataclasses.replace(plan, compiler_options=(*plan.compiler_options, limit))
     if row["task"] == "inference":
-        lowered = inference(config, mesh, **shape)
+        lowered = inference(config, mesh, **shape, plan=plan)
     else:
         lowered = training(config, mesh, **shape, remat=row["task"] == "remat")
     fused = row["form"] == "fast" and (row["task"] == "inference" or PLANS["tpu"].in_training)
     for path in dump_folder().iterdir():
         path.unlink()
-    compiled = compile_for(lowered, dict(PLANS["tpu"].compiler_options) if fused else {})
+    compiled = compile_for(lowered, dict(plan.compiler_options) if fused else {})
     program = Program.parse(compiled.text)
     found = costs(program, read_schedules(dump_folder()), CHIPS[row["topology"].partition(":")[0]])
     if options.keep:
-        _keep(compiled, options.keep / "-".join(map(str, row.values())).replace(":", "_"))
+        _keep(compiled, options.keep / "-".join(str(value) for value in row.values() if value).replace(":", "_"))
     for cost in sorted(found, key=lambda cost: -cost.cycles)[: options.operations]:
         _print_cost(cost)
     return {

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpn_jax.config import DPNConfig
 from dpn_jax.fast.forward import FastForward, PlainForward
-from dpn_jax.fast.plan import PLANS
+from dpn_jax.fast.plan import PLANS, Plan
 from dpn_jax.finetune import FinetuneConfig, TrainState, make_optimizer, train_step
 from dpn_jax.inference.program import normalize, split_over
 from dpn_jax.model import DPN
@@ -56,7 +56,9 @@ def mesh_of(topology: str, chips: int = 1) -> Mesh:
     return data_mesh(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:chips])
 
 
-def inference(config: DPNConfig, mesh: Mesh, *, batch: int, size: int = 224, form: Form = "fast") -> jax.stages.Lowered:
+def inference(
+    config: DPNConfig, mesh: Mesh, *, batch: int, size: int = 224, form: Form = "fast", plan: Plan = PLANS["tpu"]
+) -> jax.stages.Lowered:
     """A classifier's program in bfloat16, from uint8 images.
 
     Args:
@@ -65,9 +67,10 @@ def inference(config: DPNConfig, mesh: Mesh, *, batch: int, size: int = 224, for
       batch: images a chip.
       size: their side, pixels.
       form: the fast one or the plain one.
+      plan: of the fast form.
     """
     model = DPN(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    forward = FastForward(model, PLANS["tpu"]) if form == "fast" else PlainForward(model)
+    forward = FastForward(model, plan) if form == "fast" else PlainForward(model)
     settings = default_preprocessing(config)
 
     def dpn(params: object, images: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dpn_jax.errors import DataError, ImageError
 from dpn_jax.images.read import ImageSource, source_name
-from dpn_jax.images.workers import death, refuse_in_starting_worker, start_worker
+from dpn_jax.images.workers import death, interrupts_held, refuse_in_starting_worker, start_worker
 
 Crop = Callable[[ImageSource], np.ndarray]
 Item = TypeVar("Item")
@@ -66,7 +66,8 @@ def crops(
     with _pool(workers) as pool:
         try:
             for part in batched(images, chunk):
-                pending.append(pool.submit(_cropped, crop, part))
+                with interrupts_held():  # the first ones start the processes
+                    pending.append(pool.submit(_cropped, crop, part))
                 if len(pending) * chunk > ahead:
                     yield from first()
             while pending:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +51,12 @@ def prefetched(source: Sequence[Any], workers: int, *, start: int = 0) -> Iterat
         if workers:
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
             data = data.mp_prefetch(options, worker_init_fn=_start_worker)
-        iterator = iter(data)
-        until_closed.callback(iterator.close)
         try:
-            for item in iterator:
+            with interrupts_held() if workers else contextlib.nullcontext():  # while the processes start
+                iterator = iter(data)
+                until_closed.callback(iterator.close)
+                first = list(itertools.islice(iterator, 1))
+            for item in itertools.chain(first, iterator):
                 yield pickle.loads(item) if workers else item
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
@@ -88,6 +92,23 @@ def _in_a_file(source: Sequence[Any]) -> Iterator[_FileSource]:
         file.write(cloudpickle.dumps(source))
         file.flush()
         yield _FileSource(file.name, len(source))
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Ctrl-C does not reach processes that are started here, ever: it would end them with a traceback while they start.
+
+    This process has it afterwards, or at once where another thread can take it.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # or the first process would start it, which lets SIGINT through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(index: int, count: int) -> None:
