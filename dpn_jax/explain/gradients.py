@@ -39,7 +39,7 @@ def saliency(
     Args:
       model: any module from images to logits.
       images: `[B, H, W, C]`, normalized floats.
-      classes: whose logit, see `Classes`.
+      classes: whose logit: one class, one for each image, or None for the largest one.
       samples: more than one is SmoothGrad: the mean of the gradients at so many noisy copies of each image.
       noise: standard deviation of that noise, as a fraction of the image's range.
       seed: of the noise.
@@ -164,7 +164,7 @@ def grad_cam(
     Args:
       model: a `DPN`, stock or changed.
       images: `[B, H, W, C]`, normalized floats.
-      classes: whose logit, see `Classes`.
+      classes: whose logit: one class, one for each image, or None for the largest one.
       index: which features, as `forward_intermediates` counts; None takes those that are pooled, after the last norm
         and activation.
 

@@ -40,7 +40,7 @@ def insertion(
       model: any module from images to logits.
       images: `[B, H, W, C]`, normalized floats.
       maps: `[B, H, W]`, from any explanation.
-      classes: whose probability, see `dpn_jax.explain.forward.Classes`.
+      classes: whose probability: one class, one for each image, or None for the most probable one.
       steps: how many points the curve has after the first.
       baseline: what there is at first, broadcast to `images`: 0 is the mean color, a blurred copy is common.
 

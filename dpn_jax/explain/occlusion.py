@@ -27,7 +27,7 @@ def occlusion(
     Args:
       model: any module from images to logits.
       images: `[B, H, W, C]`, normalized floats.
-      classes: whose logit, see `dpn_jax.explain.forward.Classes`.
+      classes: whose logit: one class, one for each image, or None for the largest one.
       window: side of the square that is covered, pixels.
       stride: pixels from one square to the next. Where they do not divide the image, its border cuts the last ones.
       baseline: what covers it, broadcast to `images`; 0 is the mean color.

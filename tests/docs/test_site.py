@@ -36,6 +36,10 @@ SEARCHES = {
     "push_to_hub": {"guides/port", "api/checkpoint"},
     "offline": {"start/classify", "faq"},
     "out of memory": {"faq"},
+    "gradient accumulation": {"guides/finetune"},
+    "several GPUs": {"guides/hosts", "faq"},
+    "cite": {"faq"},
+    "input channels": {"faq", "guides/port", "guides/change"},
 }
 """What a user types -> pages of which one must be among the first five results."""
 
