@@ -185,7 +185,8 @@ def preprocessing(
     """The transform that a set of weights was evaluated with.
 
     Args:
-      source: a pretrained tag, with or without the prefix 'timm/', or a `Preprocessing`.
+      source: a pretrained tag, with or without the prefix 'timm/', or a `Preprocessing`, such as a model's
+        `provenance.preprocessing`.
       use_test_size: use the larger image size that timm tests some weights at (`dpn68b.ra_in1k`), if there is one.
       image_size: side of the prepared images, or their (height, width), pixels, at least 32; defaults to that of the
         weights. `crop_fraction` does not change.
@@ -209,7 +210,8 @@ def preprocessing(
     else:
         tag = PRETRAINED.get(str(source).removeprefix("timm/"))
         if tag is None:
-            raise ValueError(unknown_name_message(source, PRETRAINED))
+            advice = "for a file, a run or a hub id give model.provenance.preprocessing"
+            raise ValueError(f"{unknown_name_message(source, PRETRAINED)}; {advice}")
         settings = (use_test_size and tag.test_preprocessing) or tag.preprocessing
     if image_size is not None:
         settings = dataclasses.replace(settings, image_size=image_size)

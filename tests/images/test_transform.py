@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import dpn_jax
 from dpn_jax import images
 from dpn_jax.errors import ImageError
 from dpn_jax.images.read import read_image
@@ -62,6 +63,16 @@ def test_options_and_own_preprocessing() -> None:
 def test_unknown_tag_names_the_nearest(name: str, hint: str) -> None:
     with pytest.raises(ValueError, match=f"unknown model '{name}'.*{hint}"):
         preprocessing(name)
+
+
+def test_weights_without_a_tag_know_their_transform(tmp_path: Path) -> None:
+    file = tmp_path / "mine.safetensors"
+    model = dpn_jax.from_pretrained("dpn_tiny.digits")
+    dpn_jax.save(model, file)
+    with pytest.raises(ValueError, match=r"give model\.provenance\.preprocessing"):
+        preprocessing(str(file))
+    model = dpn_jax.load(file)
+    assert preprocessing(model.provenance.preprocessing) == preprocessing("dpn_tiny.digits")
 
 
 @pytest.mark.parametrize("source", [None, 92, ["dpn92.mx_in1k"]])
