@@ -42,9 +42,9 @@ def main(folder: tyro.conf.Positional[Path], /, *, archive: Path | None = None, 
         found[photo.split, photo.class_name].append(photo)
     for (split, class_name), photos in found.items():
         photos.sort(key=lambda photo: photo.file)
-        held_out = len(photos) // 5 if split == "train" else 0
+        kept = len(photos) - len(photos) // 5 if split == "train" else len(photos)
         for index, photo in enumerate(photos):
-            path = folder / ("val" if index >= len(photos) - held_out and held_out else split) / class_name / photo.file
+            path = folder / (split if index < kept else "val") / class_name / photo.file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(photo.content())
     print(f"{folder.name}: {sum(map(len, found.values()))} photos")

@@ -24,17 +24,18 @@ def main(folder: tyro.conf.Positional[Path], /, *, per_class: int | None = None)
     """
     folder.mkdir(parents=True)
     digits = load_digits()
-    seen = {"train": [0] * 10, "val": [0] * 10}
+    seen, written = dict.fromkeys(range(10), 0), 0
     for number, (pixels, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
-        split = "val" if (seen["train"][digit] + seen["val"][digit]) % 5 == 4 else "train"
-        seen[split][digit] += 1
-        if split == "train" and per_class is not None and seen[split][digit] > per_class:
+        split, trained = ("val" if seen[digit] % 5 == 4 else "train"), seen[digit] - seen[digit] // 5
+        seen[digit] += 1
+        if split == "train" and per_class is not None and trained >= per_class:
             continue
+        written += 1
         path = folder / split / str(digit) / f"{number:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(np.round(pixels * 255 / 16).astype(np.uint8))
         image.resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(path)
-    print(f"{folder.name}: {len(list(folder.glob('*/*/*')))} digits")
+    print(f"{folder.name}: {written} digits")
 
 
 if __name__ == "__main__":

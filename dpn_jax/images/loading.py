@@ -66,7 +66,7 @@ def crops(
     with _pool(workers) as pool:
         try:
             for part in batched(images, chunk):
-                with interrupts_held():  # the first ones start the processes
+                with interrupts_held(workers):  # the first ones start the processes
                     pending.append(pool.submit(_cropped, crop, part))
                 if len(pending) * chunk > ahead:
                     yield from first()

@@ -52,7 +52,7 @@ def prefetched(source: Sequence[Any], workers: int, *, start: int = 0) -> Iterat
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
             data = data.mp_prefetch(options, worker_init_fn=_start_worker)
         try:
-            with interrupts_held() if workers else contextlib.nullcontext():  # while the processes start
+            with interrupts_held(workers):
                 iterator = iter(data)
                 until_closed.callback(iterator.close)
                 first = list(itertools.islice(iterator, 1))
@@ -95,12 +95,12 @@ def _in_a_file(source: Sequence[Any]) -> Iterator[_FileSource]:
 
 
 @contextlib.contextmanager
-def interrupts_held() -> Iterator[None]:
+def interrupts_held(workers: int) -> Iterator[None]:
     """Ctrl-C does not reach processes that are started here, ever: it would end them with a traceback while they start.
 
-    This process has it afterwards, or at once where another thread can take it.
+    This process has it afterwards, or at once where another thread can take it. Without workers nothing is held.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
+    if not workers or not hasattr(signal, "pthread_sigmask"):  # Windows has none
         yield
         return
     resource_tracker.ensure_running()  # or the first process would start it, which lets SIGINT through again

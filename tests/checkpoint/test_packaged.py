@@ -49,6 +49,10 @@ def test_the_held_out_fifth_of_the_digits(tmp_path: Path) -> None:
     digits_folder.main(tmp_path / "digits")
     train, val = (image_folder(tmp_path / "digits", split=split) for split in ("train", "val"))
     assert (len(train), len(val)) == (1442, 355)
+    digits_folder.main(tmp_path / "few", per_class=30)
+    few = [image_folder(tmp_path / "few", split=split) for split in ("train", "val")]
+    assert [len(images) for images in few] == [300, 355]
+    assert {Path(file).name for file in few[1].files} == {Path(file).name for file in val.files}
     tag = "dpn_tiny.digits"
     found = dpn_jax.Classifier.from_pretrained(tag, batch_size=64)([str(file) for file in val.files], top_k=1)
     right = np.mean([best.index == label for (best,), label in zip(found, val.labels, strict=True)])

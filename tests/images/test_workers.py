@@ -37,3 +37,4 @@ def test_an_interrupt_waits_in_workers_from_their_start_and_not_here() -> None:
     assert [bool(found) for found in crops([Path("a")] * 20, mask, ahead=4, workers=2)] == [True] * 20
     assert not held()
     assert list(prefetched(Masks(), 0)) == [False] * 6
+    assert [bool(found) for found in crops([Path("a")] * 20, mask, ahead=4)] == [False] * 20
