@@ -42,7 +42,7 @@ class Models(Command):
         return (
             row["weights"] or f"{row['variant']} (none)",
             f"{row['parameters'] / 1e6:.2f} M",
-            f"{row['gmacs']:.2f}",
+            f"{row['gmacs']:.3f}",
             top1,
             top5,
             row["data"] or "-",

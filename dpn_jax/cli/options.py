@@ -55,7 +55,7 @@ class ModelOptions(Command):
 
     # one line each: tyro keeps the line breaks of longer ones
     model: Annotated[str | None, option("TAG", f"{DEFAULT_TAG} without --weights")] = None
-    """A pretrained tag or hub id; with --weights, the architecture and preprocessing of FILE."""
+    """A pretrained tag, hub id or saved folder; with --weights, the architecture and preprocessing of FILE."""
     weights: Annotated[str | None, option("FILE")] = None
     """A file of weights, timm's or ours, or the folder of a finished fine-tuning run."""
     revision: Annotated[str | None, option("REVISION")] = None

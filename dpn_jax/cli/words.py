@@ -48,6 +48,8 @@ def parse(words: Sequence[str]) -> Command:
       SystemExit: help was asked for and has been printed.
     """
     said = io.StringIO()
+    # options of finetune are both: a file of --config may have either
+    flags = () if words[:1] == ["finetune"] else (tyro.conf.FlagCreatePairsOff,)
     try:
         with contextlib.redirect_stderr(said):
             return tyro.extras.subcommand_cli_from_dict(
@@ -55,7 +57,7 @@ def parse(words: Sequence[str]) -> Command:
                 prog="dpn-jax",
                 description="Dual Path Networks in JAX; `dpn-jax --version` prints the versions.",
                 args=words,
-                config=(tyro.conf.FlagCreatePairsOff,),
+                config=flags,
             )
     except SystemExit as stop:
         if not stop.code:

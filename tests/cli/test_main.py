@@ -412,6 +412,14 @@ def test_options_of_a_run_come_from_a_file(run: Run, tmp_path: Path) -> None:
         found = json.loads(again)
         assert (found["epochs"], found["seed"]) == (3, 4)
         assert found["crop_scale"] == ([0.35, 1.0] if content == '{"epochs": 3}' else [0.5, 1.0])
+    file.write_text('{"fast": false, "remat": true}')
+    for flags, expected in (
+        ((), [False, True]),
+        (("--no-fast", "--remat"), [False, True]),
+        (("--fast",), [True, True]),
+    ):
+        code, out, err = run(*words, "--config", file, *flags)
+        assert (code, err, [json.loads(out)[key] for key in ("fast", "remat")]) == (0, "", expected)
     assert not (tmp_path / "run").exists()
     for content, message in (('{"epochz": 3}', "epochz"), ("[]", "options.json"), ('{"epochs": 0}', "epochs must be")):
         file.write_text(content)
