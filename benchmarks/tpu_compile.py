@@ -107,10 +107,10 @@ def measure(row: dict[str, object], options: Options) -> dict[str, float]:
     for path in dump_folder().iterdir():
         path.unlink()
     compiled = compile_for(lowered, dict(plan.compiler_options) if fused else {})
-    program = Program.parse(compiled.text)
-    found = costs(program, read_schedules(dump_folder()), CHIPS[row["topology"].partition(":")[0]])
     if options.keep:
         _keep(compiled, options.keep / "-".join(str(value) for value in row.values() if value).replace(":", "_"))
+    program = Program.parse(compiled.text)
+    found = costs(program, read_schedules(dump_folder()), CHIPS[row["topology"].partition(":")[0]])
     for cost in sorted(found, key=lambda cost: -cost.cycles)[: options.operations]:
         _print_cost(cost)
     return {

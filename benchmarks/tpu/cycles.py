@@ -60,7 +60,7 @@ def costs(program: Program, schedules: Mapping[str, Loop], chip: Chip) -> list[C
     Raises:
       ValueError: an operation has no schedule, nor has an equal one.
     """
-    run = [operation for operation in program.operations if not operation.is_free and not operation.is_transfer]
+    run = [each for each in program.operations if not (each.is_free or each.is_transfer or program.is_scalar(each))]
     of_equals = {program.signature(each): schedules[each.name] for each in run if each.name in schedules}
     result, missing = [], []
     for operation in run:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ _BITS = {"pred": 8, "bf16": 16}
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 _HEADER = re.compile(r"^(ENTRY )?%(\S+) \(")
 _OPERATION = re.compile(r"^\s+(ROOT )?%(\S+) = ")
+_CALLED = re.compile(r"\b(?:calls|to_apply)=%([^\s,]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +131,18 @@ class Program:
         body = "\n".join(self._body(operation))
         return operation.opcode, tuple(array.text for array in operation.outputs), operands, window and window[0], body
 
+    def is_scalar(self, operation: Operation) -> bool:
+        """Whether an operation is arithmetic on single numbers, which the program's own code does by the way."""
+        arrays = itertools.chain(operation.outputs, *(self.arrays[name] for name in operation.operands))
+        return operation.calls is None and all(array.shape == () for array in arrays)
+
     def _body(self, operation: Operation) -> Iterator[str]:
         """What an operation computes, names aside."""
         attributes = operation.attributes.partition(", backend_config")[0]
-        attributes = re.sub(r", (metadata=\{[^}]*\}|calls=%[^\s,]+)", "", attributes)
-        yield f"{operation.opcode} {[array.text for array in operation.outputs]} {attributes}"
-        for inner in self.computations.get(operation.calls or "", ()):
+        attributes = re.sub(r", metadata=\{[^}]*\}", "", attributes)
+        called = re.findall(_CALLED, attributes)
+        yield f"{operation.opcode} {[array.text for array in operation.outputs]} {re.sub(_CALLED, '', attributes)}"
+        for inner in itertools.chain.from_iterable(self.computations[name] for name in called):
             yield from self._body(inner)
 
     def _read(self, operation: Operation, number: int) -> int:

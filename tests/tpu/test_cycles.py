@@ -59,6 +59,29 @@ ENTRY %main.9 (x.1: bf16[128,14,14,24], w.1: bf16[3,24], buffer.1: f32[64,200], 
 }
 """  # noqa: E501
 
+SUMS = """\
+%region_1.3 (a.1: f32[], b.1: f32[]) -> f32[] {
+  %a.1 = f32[]{:T(128)} parameter(0)
+  %b.1 = f32[]{:T(128)} parameter(1)
+  ROOT %add.1 = f32[]{:T(128)} add(%a.1, %b.1)
+}
+
+%region_2.4 (a.2: f32[], b.2: f32[]) -> f32[] {
+  %a.2 = f32[]{:T(128)} parameter(0)
+  %b.2 = f32[]{:T(128)} parameter(1)
+  ROOT %add.2 = f32[]{:T(128)} add(%a.2, %b.2)
+}
+
+ENTRY %main.9 (x.1: f32[512], y.1: f32[512], zero.1: f32[]) -> f32[] {
+  %x.1 = f32[512]{0:T(512)} parameter(0)
+  %y.1 = f32[512]{0:T(512)} parameter(1)
+  %zero.1 = f32[]{:T(128)} parameter(2)
+  %reduce.1 = f32[]{:T(128)} reduce(%x.1, %zero.1), dimensions={0}, to_apply=%region_1.3, metadata={op_name="sum"}
+  %reduce.2 = f32[]{:T(128)} reduce(%y.1, %zero.1), dimensions={0}, to_apply=%region_2.4
+  ROOT %add.3 = f32[]{:T(128)} add(%reduce.1, %reduce.2)
+}
+"""
+
 MAP = 14 * 14 * 24 * 128 * 2
 ROW = 256 * 4
 
@@ -102,6 +125,14 @@ def test_equal_operations_share_one_schedule_and_none_may_lack_one(tmp_path: Pat
     first, again, update = costs(program, read_schedules(tmp_path), chip)
     assert first.cycles == again.cycles == pytest.approx(2 * MAP / 819e9 * 1.5e9), "bound by memory"
     assert update.cycles == update.compute == parse(CODE).cycles(), "bound by arithmetic"
+
+
+def test_reductions_by_equal_functions_are_equal_and_sums_of_single_numbers_are_free() -> None:
+    schedules, chip = {"reduce.1": parse(CODE)}, CHIPS["v5e"]
+    assert [cost.operation.name for cost in costs(Program.parse(SUMS), schedules, chip)] == ["reduce.1", "reduce.2"]
+    other = SUMS.replace("f32[]{:T(128)} add(%a.2", "f32[]{:T(128)} maximum(%a.2")
+    with pytest.raises(ValueError, match=r"1 of 2 operations have no schedule, among them reduce.2 \(reduce\)"):
+        costs(Program.parse(other), schedules, chip)
 
 
 def test_what_is_no_program_is_refused() -> None:
