@@ -93,6 +93,21 @@ def refuse_bound_methods(model: nnx.Module) -> None:
                 )
 
 
+def refuse_unknown_features(model: nnx.Module) -> None:
+    """Refuses a model whose logits come from another `__call__` than its features: they would be its parent's.
+
+    Raises:
+      ValueError: its class overrides `__call__`, and neither `forward_features` nor `forward_head` with it.
+    """
+    names = ("__call__", "forward_features", "forward_head")
+    call, *parts = (next(kind for kind in type(model).__mro__ if name in vars(kind)) for name in names)
+    if not any(issubclass(part, call) for part in parts):
+        raise ValueError(
+            f"{call.__name__} overrides __call__, which does not tell its features; override forward_features"
+            " or forward_head instead"
+        )
+
+
 def split_in_eval_mode(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State]:
     """A model as a pure function has it: its structure, in eval mode and hashable, and its arrays, the same ones.
 

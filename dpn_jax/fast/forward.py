@@ -21,7 +21,7 @@ from dpn_jax.fast.plan import Plan, compiler_options, plan_for
 from dpn_jax.layers import ACTIVATIONS
 from dpn_jax.model import DPN
 from dpn_jax.operations import PLAIN
-from dpn_jax.stock import require_stock, split_in_eval_mode
+from dpn_jax.stock import refuse_unknown_features, require_stock, split_in_eval_mode
 
 
 def fast_forward(model: DPN, *, backend: str | None = None, donate: bool = False) -> "FastForward":
@@ -97,8 +97,13 @@ class PlainForward(Forward):
         return nnx.merge(self.structure, params)(images)
 
     def pre_logits(self, params: nnx.State, images: jax.Array) -> jax.Array:
-        """The same without the classifier, `[B, head_features]`."""
+        """The same without the classifier, `[B, head_features]`.
+
+        Raises:
+          ValueError: they are not known, see `stock.refuse_unknown_features`.
+        """
         model = nnx.merge(self.structure, params)
+        refuse_unknown_features(model)
         return model.forward_head(model.forward_features(images), pre_logits=True)
 
 

@@ -296,3 +296,23 @@ def test_features_are_what_the_head_reads(pictures: list[np.ndarray], fast: bool
     assert classifier.logits(images[:0]).shape == (0, 5)
     with pytest.raises(ImageError, match=r"gone\.png"):
         classifier.features([pictures[0], "gone.png"])
+
+
+def test_features_of_changed_models_are_their_own_or_refused(pictures: list[np.ndarray]) -> None:
+    class Brighter(dpn_jax.DPN):
+        def __call__(self, images: jax.Array) -> jax.Array:
+            return super().__call__(images + 1)
+
+    class BrighterWithin(Brighter):
+        def forward_features(self, images: jax.Array) -> jax.Array:
+            return super().forward_features(images + 1)
+
+    settings = {"transform": dpn_jax.preprocessing(dpn_jax.Preprocessing(image_size=32)), "fast": False}
+    classifier = dpn_jax.Classifier(randomize(Brighter(TINY, rngs=None)), **settings)
+    with pytest.raises(ValueError, match="Brighter overrides __call__, which does not tell its features"):
+        classifier.features(pictures[:2])
+    model = randomize(BrighterWithin(TINY, rngs=None))
+    images = np.stack([settings["transform"](picture) for picture in pictures[:2]])
+    expected = nnx.jit(lambda model, x: model.forward_head(model.forward_features(x), pre_logits=True))(model, images)
+    got = dpn_jax.Classifier(model, **settings).features(pictures[:2])
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
