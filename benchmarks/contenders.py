@@ -121,7 +121,7 @@ def _training_step(model: dpn_jax.DPN, x: jax.Array, form: Callable[..., jax.Arr
         value = -jax.nn.log_softmax(form(model, x).astype(jnp.float32))[:, 0].mean()
         return value, nnx.state(model, nnx.Not(nnx.Param))
 
-    @functools.partial(jax.jit, compiler_options=dpn_jax.compiler_options(training=True))
+    @functools.partial(jax.jit, compiler_options=dpn_jax.compiler_options())
     def step(params: nnx.State, rest: nnx.State) -> tuple[nnx.State, nnx.State]:
         gradients, rest = jax.grad(loss, has_aux=True)(params, rest)
         return jax.tree.map(lambda p, g: p - 1e-3 * g, params, gradients), rest

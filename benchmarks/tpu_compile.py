@@ -103,10 +103,9 @@ def measure(row: dict[str, object], options: Options) -> dict[str, float]:
         lowered = inference(config, mesh, **shape, plan=plan)
     else:
         lowered = training(config, mesh, **shape, remat=row["task"] == "remat")
-    fused = row["form"] == "fast" and (row["task"] == "inference" or PLANS["tpu"].in_training)
     for path in dump_folder().iterdir():
         path.unlink()
-    compiled = compile_for(lowered, dict(plan.compiler_options) if fused else {})
+    compiled = compile_for(lowered, dict(plan.compiler_options) if row["form"] == "fast" else {})
     if options.keep:
         _keep(compiled, options.keep / "-".join(str(value) for value in row.values() if value).replace(":", "_"))
     program = Program.parse(compiled.text)

@@ -130,17 +130,27 @@ class NormAct(nnx.Module):
           ValueError: training on a single value per channel, whose variance is not defined.
         """
         parts, structure = jax.tree.flatten(x)
-        batch_stats = not self.use_running_average
-        mean, var = self._batch_statistics(parts) if batch_stats else self.running_statistics()
-        vectors = (mean, var, self.scale[...].astype(mean.dtype), self.bias[...].astype(mean.dtype))
-        vectors_of_parts = zip(*(split_channels(vector, x) for vector in vectors), strict=True)
-        normalize = functools.partial(self.operations.normalize, epsilon=self.epsilon, batch_stats=batch_stats)
+        options = {"epsilon": self.epsilon, "batch_stats": not self.use_running_average}
+        normalize = functools.partial(self.operations.normalize, **options)
         activate = ACTIVATIONS[self.activation]
         outputs = [
             activate(normalize(part, *vectors)).astype(self.dtype)
-            for part, vectors in zip(parts, vectors_of_parts, strict=True)
+            for part, vectors in zip(parts, self.vectors(x), strict=True)
         ]
         return jax.tree.unflatten(structure, outputs)
+
+    def vectors(self, x: Features) -> list[tuple[jax.Array, ...]]:
+        """What each part of `x` is normalized with: mean, variance, scale and bias, `[C]`, in at least float32.
+
+        In training they are the batch's, and the running ones move.
+
+        Raises:
+          ValueError: as for a call.
+        """
+        parts = jax.tree.leaves(x)
+        mean, var = self.running_statistics() if self.use_running_average else self._batch_statistics(parts)
+        vectors = (mean, var, self.scale[...].astype(mean.dtype), self.bias[...].astype(mean.dtype))
+        return list(zip(*(split_channels(vector, x) for vector in vectors), strict=True))
 
     def set_view(self, use_running_average: bool | None = None, operations: Operations | None = None) -> None:
         """For `nnx.view`.

@@ -21,19 +21,19 @@ class Plan:
       operations: what the rest is computed with; its `convolve` runs the 1x1 convolutions, in training the stem's too.
       barriers: in inference, keep what feeds a convolution from being computed again for each of its taps.
       compiler_options: for `jax.jit`, on that backend only, and only where its compiler knows them.
-      in_training: whether these options suit a training step too.
       split_expand: in training, a convolution for each path after the grouped one, so that the sum with the residual
         path is fused with it.
       training_barriers: in training, keep what feeds a grouped convolution, and its gradient, from being fused with it.
+      recomputed: in training, run each block's `reduce` as `tpu.Recomputed`.
     """
 
     grouped: tuple[tuple[int, Native], ...]
     operations: Operations = PLAIN
     barriers: bool = False
     compiler_options: tuple[tuple[str, str], ...] = ()
-    in_training: bool = True
     split_expand: bool = False
     training_barriers: bool = False
+    recomputed: bool = False
 
     def formulation(self, per_group: int) -> Native:
         """The grouped convolution's formulation for groups of `per_group` channels."""
@@ -54,9 +54,9 @@ PLANS: dict[str, Plan] = {
         operations=Operations(moments=tpu.moments, normalize=tpu.normalize),
         # both products of a `reduce`, one for each path, as one fusion
         compiler_options=(("xla_tpu_enable_multi_level_output_dot_dot_fusion", "true"),),
-        in_training=False,  # a step compiles more than three times as long
         split_expand=True,
         training_barriers=True,  # or the input gradient is written in float32
+        recomputed=True,
     ),
     "gpu": Plan(grouped=((32, Merged(width=32)),)),
 }
@@ -74,12 +74,11 @@ def plan_for(backend: str | None) -> Plan:
     return PLANS[backend]
 
 
-def compiler_options(backend: str | None = None, *, training: bool = False) -> dict[str, str]:
-    """A backend's compiler options for `fast_forward`, or for a training step around `fast_apply`.
+def compiler_options(backend: str | None = None) -> dict[str, str]:
+    """A backend's compiler options, for `fast_forward` and for a training step around `fast_apply`.
 
     Args:
       backend: as for `fast_forward`.
-      training: for a training step.
 
     Returns:
       Names and values for `jax.jit(compiler_options=...)`; only what the compiler knows, as they come and go with its
@@ -94,7 +93,7 @@ def compiler_options(backend: str | None = None, *, training: bool = False) -> d
       2
     """
     plan = plan_for(backend)
-    if plan is not PLANS.get(jax.default_backend()) or (training and not plan.in_training):
+    if plan is not PLANS.get(jax.default_backend()):
         return {}
     return {name: value for name, value in plan.compiler_options if _is_known(name, value)}
 

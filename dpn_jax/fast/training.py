@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpn_jax.fast.plan import Plan, plan_for
+from dpn_jax.fast.tpu import Recomputed
 from dpn_jax.model import DPN
 from dpn_jax.operations import PLAIN, Features, Operations
 from dpn_jax.stock import require_stock
@@ -18,7 +19,7 @@ def fast_apply(model: DPN, images: jax.Array, *, backend: str | None = None) -> 
     The parameters stay as they are stored; only what runs is rearranged, inside the program, so gradients come back in
     the stored layout, and running statistics and random streams move as they do in `model(images)`. To be called under
     `jit` (compiled or differentiated step by step it gains nothing), best with
-    `compiler_options=compiler_options(training=True)`. On a CPU it supports only reverse-mode differentiation.
+    `compiler_options=compiler_options()`. On a CPU it supports only reverse-mode differentiation.
 
     Args:
       model: the model.
@@ -46,6 +47,8 @@ def fast_apply(model: DPN, images: jax.Array, *, backend: str | None = None) -> 
     _move_channels(fast, plan, back=False)
     if plan.split_expand:
         _split_expand(fast)
+    if plan.recomputed:
+        _recompute_reduce(fast)
     before = {path: variable.get_value() for path, variable in _moving(fast)}
     outputs = fast(images)
     moved = {path for path, variable in _moving(fast) if variable.get_value() is not before[path]}
@@ -110,3 +113,10 @@ def _split_expand(model: DPN) -> None:
                 conv.kernel.set_value(kernel)
             del expand.conv
             expand.split = True
+
+
+def _recompute_reduce(model: DPN) -> None:
+    """Has every block compute twice what its `reduce` passes back."""
+    for blocks in model.stages:
+        for block in blocks:
+            block.reduce = Recomputed(block.reduce)

@@ -209,7 +209,7 @@ def _program(step: Callable[..., Any], state: TrainState, **names: str | tuple[s
 @functools.cache
 def _jitted(step: Callable[..., Any], **names: str | tuple[str, ...]) -> Callable[..., Any]:
     # not at import time: the options depend on the backend
-    return jax.jit(step, compiler_options=compiler_options(training=True), **names)
+    return jax.jit(step, compiler_options=compiler_options(), **names)
 
 
 def _train_step(state: TrainState, batch: Batch, sharding: NamedSharding | None) -> tuple[TrainState, Metrics]:

@@ -213,9 +213,6 @@ def test_options_that_the_compiler_does_not_know_are_left_out(monkeypatch: pytes
     options = (("xla_no_such_option", "1"), *known)
     monkeypatch.setitem(PLANS, "cpu", dataclasses.replace(PLANS["cpu"], compiler_options=options))
     assert dpn_jax.compiler_options() == dict(known)
-    assert dpn_jax.compiler_options(training=True) == dict(known)
-    monkeypatch.setitem(PLANS, "cpu", dataclasses.replace(PLANS["cpu"], in_training=False))
-    assert dpn_jax.compiler_options(training=True) == {}
     assert dpn_jax.compiler_options("tpu") == {}, "they are the default backend's"
 
 

@@ -54,7 +54,7 @@ def sums(compiled: Compiled) -> collections.Counter[str]:
 @pytest.mark.parametrize(("name", "topology", "chips"), [("dpn92", "v5e:4x4", 8), ("dpn68b", "v6e:4x4", 16)])
 def test_a_training_step_sums_each_gradient_once(name: str, topology: str, chips: int) -> None:
     config = get_config(name).replace(depths=(1, 2, 1, 1))  # compiling a whole one takes ten minutes
-    compiled = compile_for(training(config, mesh_of(topology, chips), batch=8, size=64), {})
+    compiled = compile_for(training(config, mesh_of(topology, chips), batch=8, size=64), OPTIONS)
     assert sums(compiled) == expected_sums(config)
     assert compiled.memory < CHIPS[topology[:3]].hbm
 
@@ -82,13 +82,16 @@ def test_an_exported_file_compiles(tmp_path: Path) -> None:
     assert not Program.parse(compiled.text).collectives()
 
 
-def test_the_benchmark_prints_a_row_and_keeps_what_it_read(tmp_path: Path) -> None:
+def test_the_benchmark_prints_rows_and_keeps_what_it_read(tmp_path: Path) -> None:
     report, kept = tmp_path / "report.json", tmp_path / "kept"
     command = [sys.executable, "-m", "benchmarks.tpu_compile", "--models", "dpn_tiny", "--size", "32", "--batches", "8"]
-    command += ["--forms", "fast", "--operations", "1", "--keep", str(kept), "--json", str(report)]
+    command += ["--tasks", "inference", "training", "--forms", "fast", "--operations", "1"]
+    command += ["--keep", str(kept), "--json", str(report)]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads(report.read_text())["rows"]
-    assert 0 < row["compute"] <= row["cycles"] < 1e6 and row["memory"] > row["temporary"]
-    assert f"{row['compile_s']:.0f}" in done.stdout
-    assert (kept / "dpn_tiny-inference-v5e_2x2-1-8-fast" / "program.hlo").exists()
+    rows = {row["task"]: row for row in json.loads(report.read_text())["rows"]}
+    for task, row in rows.items():
+        assert 0 < row["compute"] <= row["cycles"] < 2e6 and row["memory"] > row["temporary"]
+        assert f"{row['compile_s']:.0f}" in done.stdout
+        assert (kept / f"dpn_tiny-{task}-v5e_2x2-1-8-fast" / "program.hlo").exists()
+    assert rows["training"]["cycles"] > rows["inference"]["cycles"]
