@@ -56,7 +56,7 @@ PLANS: dict[str, Plan] = {
         compiler_options=(("xla_tpu_enable_multi_level_output_dot_dot_fusion", "true"),),
         split_expand=True,
         training_barriers=True,  # or the input gradient is written in float32
-        recomputed=True,
+        recomputed=True,  # or a map as wide as both paths is written and read again
     ),
     "gpu": Plan(grouped=((32, Merged(width=32)),)),
 }

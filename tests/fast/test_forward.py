@@ -171,8 +171,9 @@ def test_a_model_in_eval_mode_may_be_closed_over(options: dict[str, object]) -> 
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
     before = jax.tree.leaves(nnx.state(model, nnx.BatchStat))
     plain = jax.jit(lambda images: model(images))(images)
-    fast = jax.jit(lambda images: dpn_jax.fast_apply(model, images))(images)
-    np.testing.assert_allclose(fast, plain, rtol=1e-4, atol=1e-5)
+    for backend in PLANS:
+        fast = jax.jit(lambda images, backend=backend: dpn_jax.fast_apply(model, images, backend=backend))(images)
+        np.testing.assert_allclose(fast, plain, rtol=1e-4, atol=1e-5)
     after = jax.tree.leaves(nnx.state(model, nnx.BatchStat))
     assert all(mine is other for mine, other in zip(before, after, strict=True)), "nothing was updated"
     model.train()
