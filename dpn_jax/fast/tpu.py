@@ -103,12 +103,12 @@ def _backward(
         return list(zip(kept, passed, strict=True)), dkernel
 
     of_parts, dkernel = gradients(parts, dy)
-    found = [norms.backward_vectors(_SUMS, kept, passed) for kept, passed in of_parts]
+    found = [norms.backward_vectors(_SUMS, *of_part) for of_part in of_parts]
     # the barrier: XLA would see that it has computed this already, and store it
     parts, dy, found = lax.optimization_barrier((parts, dy, found))
     of_parts, _ = gradients(parts, dy)
-    dx = (norms.backward_input(*of_part, *vectors[-2:]) for of_part, vectors in zip(of_parts, found, strict=True))
-    return tuple(dx), dkernel, [norms.of_batch(*vectors[:-2]) for vectors in found]
+    dx = (norms.backward_input(*of_part, *sums[-2:]) for of_part, sums in zip(of_parts, found, strict=True))
+    return tuple(dx), dkernel, [norms.of_batch(*sums[:-2]) for sums in found]
 
 
 _recomputed.defvjp(_forward, _backward)
