@@ -286,23 +286,6 @@ def _uniform(
     ]
 
 
-def check_arguments(*, rngs: object, **dtypes: object) -> None:
-    """Refuses dtypes that no network computes in, by their arguments' names, and what Flax cannot draw from.
-
-    Raises:
-      ValueError: a dtype is not floating-point, or `rngs` is neither None nor `nnx.Rngs`.
-    """
-    for name, dtype in dtypes.items():
-        try:
-            is_floating = dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-        except TypeError:
-            is_floating = False
-        if not is_floating:
-            raise ValueError(f"{name} must be a floating-point one, such as jnp.float32 or jnp.bfloat16, got {dtype!r}")
-    if not isinstance(rngs, nnx.Rngs | None):
-        raise ValueError(f"rngs must be nnx.Rngs, such as nnx.Rngs(0), got {rngs!r}")
-
-
 def global_pool(x: jax.Array, pool: str) -> jax.Array:
     """Pools `[B, H, W, C]` over the image.
 

@@ -13,8 +13,8 @@ from flax import nnx
 
 from dpn_jax.blocks import DualPath, DualPathBlock, Stem, join_paths, pool_and_classify
 from dpn_jax.config import DPNConfig, FeatureInfo
-from dpn_jax.layers import Conv, NormAct, check_arguments, initialized_together
-from dpn_jax.operations import PLAIN, Operations
+from dpn_jax.layers import Conv, NormAct, initialized_together
+from dpn_jax.operations import PLAIN, Operations, check_arguments
 from dpn_jax.pretrained import Provenance, get_config
 
 Indices = int | Sequence[int] | None

@@ -15,6 +15,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -150,3 +151,20 @@ def split_channels(array: jax.Array, like: Features, axis: int = -1) -> list[jax
 def at_least_float32(dtype: np.dtype) -> np.dtype:
     """The dtype in which to accumulate sums of this dtype."""
     return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
+def check_arguments(*, rngs: object, **dtypes: object) -> None:
+    """Refuses dtypes that no network computes in, by their arguments' names, and what Flax cannot draw from.
+
+    Raises:
+      ValueError: a dtype is not floating-point, or `rngs` is neither None nor `nnx.Rngs`.
+    """
+    for name, dtype in dtypes.items():
+        try:
+            is_floating = dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        except TypeError:
+            is_floating = False
+        if not is_floating:
+            raise ValueError(f"{name} must be a floating-point one, such as jnp.float32 or jnp.bfloat16, got {dtype!r}")
+    if not isinstance(rngs, nnx.Rngs | None):
+        raise ValueError(f"rngs must be nnx.Rngs, such as nnx.Rngs(0), got {rngs!r}")

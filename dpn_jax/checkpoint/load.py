@@ -14,8 +14,8 @@ from dpn_jax.checkpoint.names import list_differences, name_table
 from dpn_jax.checkpoint.open import Checkpoint, open_checkpoint
 from dpn_jax.config import DPNConfig
 from dpn_jax.errors import CheckpointError, shown
-from dpn_jax.layers import check_arguments
 from dpn_jax.model import DPN
+from dpn_jax.operations import check_arguments
 from dpn_jax.stock import abstract_model, changes
 
 

@@ -18,7 +18,7 @@ from dpn_jax.checkpoint.open import Checkpoint, cast, check_dtypes, open_checkpo
 from dpn_jax.checkpoint.write import writable_path, write_tensors
 from dpn_jax.config import DPNConfig
 from dpn_jax.errors import CheckpointError, reason, shown
-from dpn_jax.layers import check_arguments
+from dpn_jax.operations import check_arguments
 from dpn_jax.pretrained import Provenance
 from dpn_jax.stock import changes
 
